@@ -205,8 +205,8 @@ def encode_state(state: State) -> bytes:
 
 
 # The keys that every document has, with their exact types.
-_DOCUMENT_KEYS: dict[str, type] = {"version": str, "last_updated": str, "servers": list}
-_SERVER_KEYS: dict[str, type] = {
+_DOCUMENT_KEYS = {"version": str, "last_updated": str, "servers": list}
+_SERVER_KEYS = {
     "server_id": int,
     "server_name": str,
     "total_gpus": int,
@@ -215,7 +215,7 @@ _SERVER_KEYS: dict[str, type] = {
     "available_cpus": int,
     "running_tasks": list,
 }
-_TASK_KEYS: dict[str, type] = {"task_id": str, "allocated_gpus": list, "allocated_cpus": int, "start_time": str}
+_TASK_KEYS = {"task_id": str, "allocated_gpus": list, "allocated_cpus": int, "start_time": str}
 
 
 def check_state(document: Any) -> None:
@@ -260,13 +260,13 @@ def check_state(document: Any) -> None:
             raise ValueError(f"{where}: 空きと割り当て済みの CPU の合計が total_cpus と一致しません")
 
 
-def _check_record(record: Any, keys: dict[str, type], where: str) -> None:
+def _check_record(record: Any, keys: dict[str, Any], where: str) -> None:
     if type(record) is not dict:
         raise ValueError(f"{where} が JSON オブジェクトではありません")
     for key, kind in keys.items():
         if key not in record:
             raise ValueError(f"{where}: {key} がありません")
-        value: Any = record[key]
+        value = record[key]
         if type(value) is not kind:  # exactly: ``True`` is an int to isinstance
             raise ValueError(f"{where}: {key} の型が {kind.__name__} ではありません")
         if kind is int and value < 0:

@@ -1,0 +1,72 @@
+"""Shared by all tests: the path of the project, a pool in a directory of its own, forked children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+#: seconds after which a test that hangs is ended; nothing is ever measured against it
+GUARD_S = 60
+
+
+@pytest.fixture(autouse=True)
+def no_real_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let even a forgotten ``resource_file=`` end up in the directory of the test."""
+    monkeypatch.setenv("GPU_RESOURCE_FILE", str(tmp_path / "resource_status.json"))
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """The path of a state file that does not exist yet."""
+    return tmp_path / "resource_status.json"
+
+
+class Children:
+    """Real processes, forked from the test; a child that raises prints its traceback and exits 1."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    def start(self, work: Callable[[], object]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                signal.alarm(GUARD_S)
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        self.pids.append(pid)
+        return pid
+
+    def wait(self, pid: int) -> int:
+        """Return the exit code, or minus the signal, as ``subprocess`` does."""
+        _, status = os.waitpid(pid, 0)
+        self.pids.remove(pid)
+        return os.waitstatus_to_exitcode(status)
+
+    def run(self, work: Callable[[], object]) -> int:
+        return self.wait(self.start(work))
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    family = Children()
+    yield family
+    for pid in family.pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

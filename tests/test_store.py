@@ -1,0 +1,714 @@
+"""The state file: durable order of calls, failures, kills, damaged files, links, users."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+from conftest import Children
+from syscalls import at_call, failing, intercepted, recorded
+
+from gpu_resource_manager_v01 import (
+    GPUResourceManagerV01,
+    InvalidRequestError,
+    LockTimeoutError,
+    ResourceManagerError,
+    StateFileError,
+    UnusableStateFileError,
+    decode_state,
+)
+
+ERRNOS = [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EPERM, errno.ENOLCK]
+
+
+def tasks(pool: Path) -> list[str]:
+    """Return the tasks of a state file that must be valid."""
+    state = decode_state(pool.read_bytes())
+    return [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
+
+
+def names(pool: Path) -> list[str]:
+    return sorted(os.listdir(pool.parent))
+
+
+BOTH_FILES = [".resource.lock", "resource_status.json"]
+
+
+# --- One change -----------------------------------------------------------------------------------
+
+
+def test_change_locks_reads_writes_syncs_renames_syncs_the_directory_and_unlocks(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    manager.allocate_resources("first", 2, 1)
+    calls = recorded(lambda: manager.allocate_resources("second", 2, 1))
+    steps = [name if name != "flock" else ("lock" if args[1] & fcntl.LOCK_EX else "unlock") for name, args in calls]
+    steps = [step for step in steps if step in ("lock", "read", "write", "fsync", "replace", "unlock")]
+    assert steps == ["lock", "lock", "read", "read", "write", "fsync", "replace", "fsync", "unlock", "unlock"]
+    synced = [os.path.basename(str(args[0])) for name, args in calls if name == "open"]
+    assert synced[-1] == ".resource_status.json.tmp", "the temporary file is made in the same directory"
+
+
+def test_refused_change_leaves_the_file_unchanged(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    manager.allocate_resources("big", 8, 64, prefer_server_id=3)
+    before = pool.read_bytes()
+    assert manager.release_resources("unknown") is False
+    with pytest.raises(ValueError, match="big"):
+        manager.allocate_resources("big", 2, 1)
+    with pytest.raises(InvalidRequestError):
+        manager.allocate_resources("elsewhere", 2, 1, prefer_server_id=4)
+    for task in range(3):
+        assert manager.allocate_resources(f"fill-{task}", 8, 64)
+    full = pool.read_bytes()
+    assert manager.allocate_resources("no-room", 2, 1) is None
+    assert pool.read_bytes() == full != before
+
+
+def test_construction_never_overwrites_an_existing_file(pool: Path) -> None:
+    GPUResourceManagerV01(pool).allocate_resources("kept", 2, 1)
+    before = pool.read_bytes()
+    GPUResourceManagerV01(pool)
+    assert pool.read_bytes() == before
+
+
+def test_unknown_keys_survive_every_change(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    manager.allocate_resources("kept", 2, 1)
+    document = json.loads(pool.read_text("utf-8"))
+    document["admin"] = {"電話": "内線 42", "odd": "\ud800"}
+    document["servers"][1]["rack"] = [1, None]
+    document["servers"][0]["running_tasks"][0]["user"] = "alice"
+    pool.write_text(json.dumps(document), "utf-8")
+    manager.allocate_resources("other", 2, 1)
+    after = json.loads(pool.read_text("utf-8"))
+    assert after["admin"] == document["admin"]
+    assert after["servers"][1]["rack"] == [1, None]
+    assert after["servers"][0]["running_tasks"][0]["user"] == "alice"
+    manager.reset_resources()
+    emptied = json.loads(pool.read_text("utf-8"))
+    assert (emptied["admin"], emptied["servers"][1]["rack"]) == (document["admin"], [1, None])
+
+
+def test_clock_that_jumps_changes_no_decision(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = GPUResourceManagerV01(pool)
+    monkeypatch.setattr(time, "strftime", lambda _: "1970-01-01T00:00:00")
+    first = manager.allocate_resources("past", 4, 1)
+    monkeypatch.setattr(time, "strftime", lambda _: "2999-01-01T00:00:00")
+    second = manager.allocate_resources("future", 4, 1)
+    assert first and second
+    assert (first["gpu_ids"], second["gpu_ids"]) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert manager.release_resources("past") and manager.release_resources("future")
+
+
+def test_library_prints_nothing(pool: Path, capfd: pytest.CaptureFixture[str], children: Children) -> None:
+    def work() -> None:
+        manager = GPUResourceManagerV01(pool)
+        manager.allocate_resources("a", 8, 64)
+        manager.release_resources("unknown")
+        with contextlib.suppress(ValueError):
+            manager.allocate_resources("a", 2, 1)
+        manager.reset_resources()
+
+    assert children.run(work) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+# --- Failing calls --------------------------------------------------------------------------------
+
+
+def check_every_failure(pool: Path, prepare: Callable[[], None], work: Callable[[], object], done: Any) -> None:
+    """Let each call of ``work`` fail in turn, once and for good; ``done()`` tells whether it is on disk."""
+    prepare()
+    calls = len(recorded(work))
+    for number in range(calls):
+        for code in ERRNOS:
+            for for_good in (False, True):
+                prepare()
+                old = pool.read_bytes()
+                with failing(number, code, for_good) as failed:
+                    try:
+                        work()
+                        reported = True
+                    except ResourceManagerError as error:
+                        reported = False
+                        message = str(error)
+                        assert str(pool) in message and "対処" in message
+                context = f"call {number} ({failed}) failing with {errno.errorcode[code]}, for_good={for_good}"
+                assert failed, context
+                if reported:
+                    assert done(), f"success reported for what is not on disk: {context}"
+                elif pool.read_bytes() != old:
+                    assert "保存を確認できません" in message, f"failure reported for what is on disk: {context}"
+                decode_state(pool.read_bytes())
+                assert GPUResourceManagerV01(pool).get_resource_summary()["total_gpus"] == 32, context
+                GPUResourceManagerV01(pool).allocate_resources("next", 2, 1)
+                assert "next" in tasks(pool), context
+                assert names(pool) == BOTH_FILES, context
+
+
+def test_no_failing_call_hurts_an_allocation(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=1)
+    check_every_failure(
+        pool,
+        prepare=lambda: manager.reset_resources() and None,
+        work=lambda: manager.allocate_resources("task", 4, 32),
+        done=lambda: "task" in tasks(pool),
+    )
+
+
+def test_no_failing_call_hurts_a_release_through_a_link(pool: Path, tmp_path: Path) -> None:
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=1)
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.json"
+    link.symlink_to(pool)
+    through_link = GPUResourceManagerV01(link, lock_timeout_s=1)
+
+    def prepare() -> None:
+        manager.reset_resources()
+        manager.allocate_resources("task", 4, 32)
+
+    def work() -> None:
+        through_link.release_resources("task")
+
+    prepare()
+    for number in range(len(recorded(work))):
+        for code in ERRNOS:
+            prepare()
+            with failing(number, code) as failed, contextlib.suppress(StateFileError):
+                work()
+            assert failed
+            assert link.is_symlink()
+            assert GPUResourceManagerV01(link).allocate_resources("next", 2, 1)
+            assert names(pool) == sorted([*BOTH_FILES, "elsewhere"])
+
+
+def test_no_failing_call_hurts_making_the_file(pool: Path) -> None:
+    calls = len(recorded(lambda: GPUResourceManagerV01(pool)))
+    for number in range(calls):
+        for code in ERRNOS:
+            for name in names(pool):
+                (pool.parent / name).unlink()
+            with failing(number, code) as failed, contextlib.suppress(StateFileError):
+                GPUResourceManagerV01(pool)
+                assert tasks(pool) == []
+            assert failed
+            assert GPUResourceManagerV01(pool).allocate_resources("next", 2, 1)
+            assert names(pool) == BOTH_FILES
+
+
+def test_no_failing_call_makes_a_reset_lose_a_good_file(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    document = json.loads(pool.read_text("utf-8"))
+    document["servers"] = document["servers"][:1]
+    document["note"] = "one server"
+    calls = len(recorded(manager.reset_resources))
+    for number in range(calls):
+        for code in ERRNOS:
+            pool.write_text(json.dumps(document), "utf-8")
+            with failing(number, code), contextlib.suppress(StateFileError):
+                manager.reset_resources()
+            kept = json.loads(pool.read_text("utf-8"))
+            assert (kept["note"], len(kept["servers"])) == ("one server", 1)
+            assert names(pool) == BOTH_FILES
+
+
+def test_failed_fsync_of_the_file_is_not_tried_again(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    before = pool.read_bytes()
+    calls: list[str] = []
+
+    def before_call(name: str, args: tuple[Any, ...]) -> None:
+        calls.append(name)
+        if name == "fsync" and calls.count("fsync") == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with intercepted(before_call), pytest.raises(StateFileError) as caught:
+        manager.allocate_resources("task", 2, 1)
+    assert (calls.count("fsync"), calls.count("replace")) == (1, 0)
+    assert caught.value.path == str(pool) and caught.value.reason and caught.value.remedy
+    assert pool.read_bytes() == before
+
+
+def test_size_limit_leaves_the_old_document(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    before = pool.read_bytes()
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with pytest.raises(StateFileError, match="ulimit -f"):
+            manager.allocate_resources("task", 2, 1)
+
+    assert children.run(work) == 0
+    assert pool.read_bytes() == before
+    assert names(pool) == BOTH_FILES
+    assert manager.allocate_resources("task", 2, 1)
+
+
+def test_full_disk_leaves_the_old_document(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root can mount a small disk")
+    try:
+        pool = disk / "resource_status.json"
+        manager = GPUResourceManagerV01(pool)
+        before = pool.read_bytes()
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while filler.write(b"x" * 4096):
+                pass
+        with pytest.raises(StateFileError, match="空き容量"):
+            manager.allocate_resources("task", 2, 1)
+        assert pool.read_bytes() == before
+        (disk / "filler").unlink()
+        assert manager.allocate_resources("task", 2, 1)
+        assert names(pool) == BOTH_FILES
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+def test_kill_ahead_of_any_call_leaves_the_old_document_or_the_new_one(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    manager.allocate_resources("old", 2, 1)
+
+    def work() -> None:
+        manager.release_resources("old")
+        manager.allocate_resources("new", 4, 2)
+
+    calls = len(recorded(work))
+    seen = set()
+    for number in range(calls):
+        manager.reset_resources()
+        manager.allocate_resources("old", 2, 1)
+
+        def killed(number: int = number) -> None:
+            with intercepted(at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                work()
+
+        assert children.run(killed) == -signal.SIGKILL
+        seen.add(tuple(tasks(pool)))
+        assert set(names(pool)) <= {*BOTH_FILES, ".resource_status.json.tmp"}
+        # A deadline of 0 s: the lock of the dead is free at once.
+        assert GPUResourceManagerV01(pool, lock_timeout_s=0).allocate_resources("next", 2, 1)
+        assert names(pool) == BOTH_FILES
+    assert seen == {("old",), (), ("new",)}
+
+
+def test_kill_ahead_of_any_call_while_the_files_are_made_leaves_nothing_in_the_way(
+    pool: Path, children: Children
+) -> None:
+    calls = len(recorded(lambda: GPUResourceManagerV01(pool)))
+    for number in range(calls):
+        for name in names(pool):
+            (pool.parent / name).unlink()
+
+        def killed(number: int = number) -> None:
+            with intercepted(at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                GPUResourceManagerV01(pool)
+
+        assert children.run(killed) == -signal.SIGKILL
+        assert GPUResourceManagerV01(pool, lock_timeout_s=0).allocate_resources("next", 2, 1)
+        assert names(pool) == BOTH_FILES
+
+
+def test_two_hundred_random_kills_do_no_harm(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    rng = random.Random(1)
+
+    def work() -> None:
+        for number in range(10**6):
+            manager.allocate_resources(f"task-{number}", rng.randint(2, 8), 1)
+            manager.release_resources(f"task-{number}")
+
+    for _ in range(200):
+        manager.reset_resources()
+        pid = children.start(work)
+        time.sleep(rng.uniform(0, 0.01))  # a random instant is the point
+        os.kill(pid, signal.SIGKILL)
+        children.wait(pid)
+        assert len(tasks(pool)) <= 1
+        GPUResourceManagerV01(pool, lock_timeout_s=0).allocate_resources("next", 2, 1)
+        assert names(pool) == BOTH_FILES
+
+
+# --- Locks ----------------------------------------------------------------------------------------
+
+
+def test_timeout_says_which_lock_and_how_long(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0.02)
+    with filelock.FileLock(pool.parent / ".resource.lock"), pytest.raises(TimeoutError) as caught:
+        manager.allocate_resources("task", 2, 1)
+    assert isinstance(caught.value, LockTimeoutError)
+    assert (caught.value.lock_file, caught.value.timeout_s) == (str(pool.parent / ".resource.lock"), 0.02)
+    assert tasks(pool) == []
+
+
+def test_reading_needs_no_lock(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    with filelock.FileLock(pool.parent / ".resource.lock"):
+        assert manager.get_resource_summary()["total_available_gpus"] == 32
+        assert manager.get_detailed_status()["version"] == "0.1"
+
+
+def test_lock_file_deleted_under_a_stopped_writer_does_not_undo_the_work_of_others(
+    pool: Path, children: Children
+) -> None:
+    manager = GPUResourceManagerV01(pool)
+
+    def stopped() -> None:
+        def before(name: str, args: tuple[Any, ...]) -> None:
+            if name == "replace":
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        with intercepted(before):
+            assert manager.allocate_resources("stopped", 4, 1)
+
+    pid = children.start(stopped)
+    os.waitpid(pid, os.WUNTRACED)  # returns when the child has stopped
+    (pool.parent / ".resource.lock").unlink()
+    with pytest.raises(LockTimeoutError):
+        GPUResourceManagerV01(pool, lock_timeout_s=0.05).allocate_resources("other", 4, 1)
+    started = threading.Barrier(2)
+    results: list[Any] = []
+
+    def other() -> None:
+        started.wait()
+        results.append(manager.allocate_resources("other", 4, 1))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    started.wait()
+    os.kill(pid, signal.SIGCONT)
+    assert children.wait(pid) == 0
+    thread.join()
+    assert results[0]["gpu_ids"] == [4, 5, 6, 7]
+    assert sorted(tasks(pool)) == ["other", "stopped"]
+
+
+def test_left_over_lock_file_is_no_lock(pool: Path) -> None:
+    (pool.parent / ".resource.lock").write_text("left over")
+    assert GPUResourceManagerV01(pool, lock_timeout_s=0).allocate_resources("task", 2, 1)
+
+
+def test_manager_inherited_through_fork_gives_no_gpu_twice(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    pids = [children.start(lambda n=n: manager.allocate_resources(f"task-{n}", 2, 1)) for n in range(16)]  # type: ignore[misc]
+    assert [children.wait(pid) for pid in pids] == [0] * 16
+    assert len(tasks(pool)) == 16
+
+
+def test_manager_shared_by_threads_gives_no_gpu_twice(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    barrier = threading.Barrier(16)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        manager.allocate_resources(f"task-{number}", 2, 1)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tasks(pool)) == 16
+    assert manager.get_resource_summary()["total_available_gpus"] == 0
+
+
+def test_no_descriptor_is_left_open(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    before = os.listdir("/dev/fd")
+    manager.allocate_resources("task", 2, 1)
+    manager.release_resources("unknown")
+    manager.get_resource_summary()
+    assert os.listdir("/dev/fd") == before
+
+
+# --- What may stand in the place of the state file ------------------------------------------------
+
+
+def valid_document() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        document: dict[str, Any] = dict(GPUResourceManagerV01(Path(directory, "x.json")).get_detailed_status())
+        return document
+
+
+def damaged_files() -> Iterator[tuple[str, bytes]]:
+    good = json.dumps(valid_document()).encode()
+    yield "empty", b""
+    yield "truncated", good[: len(good) // 2]
+    yield "binary", bytes(range(256))
+    yield "byte order mark", b"\xef\xbb\xbf" + good
+    yield "UTF-16", good.decode().encode("utf-16")
+    yield "deeply nested", b"[" * 100_000
+    yield "deeply nested value", good[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    yield "list", b"[]"
+    yield "number too long", good.replace(b'"total_cpus": 64', b'"total_cpus": ' + b"9" * 5000)
+    yield "unknown version", good.replace(b'"0.1"', b'"9.9"')
+    yield "negative", good.replace(b'"available_cpus": 64', b'"available_cpus": -1')
+    yield "wrong type", good.replace(b'"total_gpus": 8', b'"total_gpus": true')
+    yield "missing key", good.replace(b'"running_tasks"', b'"running"')
+    yield "escape sequence", good.replace(b"gpu-server-0", b"\\u001b[2Jgpu")
+
+
+@pytest.mark.parametrize(("what", "data"), list(damaged_files()), ids=[what for what, _ in damaged_files()])
+def test_damaged_file_is_refused_untouched_until_it_is_reset(pool: Path, what: str, data: bytes) -> None:
+    GPUResourceManagerV01(pool).allocate_resources("x", 2, 1)
+    pool.write_bytes(data)
+    manager = GPUResourceManagerV01(pool)
+    for ask in (
+        lambda: manager.allocate_resources("task", 2, 1),
+        lambda: manager.release_resources("x"),
+        manager.get_resource_summary,
+        manager.get_detailed_status,
+    ):
+        with pytest.raises(UnusableStateFileError) as caught:
+            ask()
+        assert str(pool) in str(caught.value) and "--reset --yes" in caught.value.remedy
+        assert pool.read_bytes() == data
+    assert manager.reset_resources() is True
+    assert manager.get_resource_summary()["total_available_gpus"] == 32
+    [aside] = pool.parent.glob("resource_status.json.corrupt-*")
+    assert aside.read_bytes() == data
+
+
+def test_two_files_set_aside_in_one_second_keep_both(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    for data in (b"one", b"two", b"three"):
+        pool.write_bytes(data)
+        manager.reset_resources()
+    kept = {path.read_bytes() for path in pool.parent.glob("*.corrupt-*")}
+    assert kept == {b"one", b"two", b"three"}
+
+
+def make_directory(pool: Path) -> None:
+    pool.mkdir()
+
+
+def make_dangling_link(pool: Path) -> None:
+    pool.symlink_to("nowhere.json")
+
+
+def make_link_loop(pool: Path) -> None:
+    pool.symlink_to(pool.name)
+
+
+def make_fifo(pool: Path) -> None:
+    os.mkfifo(pool)
+
+
+def make_device_link(pool: Path) -> None:
+    pool.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [make_directory, make_dangling_link, make_link_loop, make_fifo])
+def test_what_is_no_file_is_refused_untouched_until_it_is_reset(pool: Path, make: Callable[[Path], None]) -> None:
+    make(pool)
+    before = os.lstat(pool)
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=1)
+    for ask in (lambda: manager.allocate_resources("task", 2, 1), manager.get_resource_summary):
+        with pytest.raises(UnusableStateFileError):
+            ask()
+    assert os.lstat(pool).st_ino == before.st_ino
+    assert manager.reset_resources()
+    assert manager.allocate_resources("task", 2, 1)
+    [aside] = pool.parent.glob("resource_status.json.corrupt-*")
+    assert os.lstat(aside).st_ino == before.st_ino
+
+
+def test_device_in_the_place_of_the_file_is_refused(pool: Path) -> None:
+    make_device_link(pool)
+    with pytest.raises(UnusableStateFileError):
+        GPUResourceManagerV01(pool).get_resource_summary()
+
+
+def test_file_that_vanishes_is_not_silently_made_anew(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    manager.allocate_resources("task", 2, 1)
+    pool.unlink()
+    with pytest.raises(UnusableStateFileError):
+        manager.allocate_resources("other", 2, 1)
+    assert manager.reset_resources()
+    assert tasks(pool) == []
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StateFileError) as caught:
+        GPUResourceManagerV01(tmp_path / "missing" / "resource_status.json")
+    assert str(tmp_path / "missing") in str(caught.value)
+
+
+def test_link_stays_a_link_and_its_target_is_replaced(pool: Path, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    target = real / "pool.json"
+    GPUResourceManagerV01(target)
+    inode = target.stat().st_ino
+    pool.symlink_to(target)
+    manager = GPUResourceManagerV01(pool)
+    assert manager.allocate_resources("task", 2, 1)
+    assert pool.is_symlink() and target.stat().st_ino != inode
+    assert tasks(target) == ["task"]
+    assert sorted(os.listdir(real)) == [".resource.lock", "pool.json"]
+    # One document, one lock, by whatever name it is reached.
+    with filelock.FileLock(real / ".resource.lock"), pytest.raises(LockTimeoutError):
+        GPUResourceManagerV01(pool, lock_timeout_s=0).release_resources("task")
+
+
+@pytest.mark.parametrize("value", ["a\0b", b"bytes", 3.5])
+def test_resource_file_that_is_no_path_is_refused(value: Any) -> None:
+    with pytest.raises((InvalidRequestError, TypeError)):
+        GPUResourceManagerV01(value)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), "60", True, None])
+def test_lock_timeout_that_is_no_time_is_refused(pool: Path, value: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="lock_timeout_s"):
+        GPUResourceManagerV01(pool, lock_timeout_s=value)
+
+
+# --- Where the state lies -------------------------------------------------------------------------
+
+
+def test_default_file_lies_beside_the_module_and_can_be_named(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module_file = Path(GPUResourceManagerV01.RESOURCE_FILE)
+    assert module_file.name == "resource_status.json"
+    assert (module_file.parent / "gpu_resource_manager_v01.py").exists()
+    assert GPUResourceManagerV01().resource_file == str(pool), "the environment variable names it"
+    assert GPUResourceManagerV01(tmp_path / "mine.json").resource_file == str(tmp_path / "mine.json")
+    monkeypatch.chdir(tmp_path)
+    relative = GPUResourceManagerV01("relative.json")
+    monkeypatch.chdir("/")
+    assert relative.allocate_resources("task", 2, 1)
+    assert tasks(tmp_path / "relative.json") == ["task"]
+
+
+# --- Users ----------------------------------------------------------------------------------------
+
+ALICE, BOB, STRANGER, LAB = 61001, 61002, 61003, 61100
+
+
+@pytest.fixture
+def lab() -> Iterator[Path]:
+    """A directory that every user can reach; the fixture ``tmp_path`` is for its owner only."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become other users")
+    directory = tempfile.mkdtemp()
+    os.chown(directory, ALICE, LAB)
+    yield Path(directory)
+    shutil.rmtree(directory)
+
+
+def become(uid: int, groups: list[int], umask: int) -> None:
+    os.setgroups(groups)
+    os.setgid(uid)  # a primary group of one's own, as Debian gives it
+    os.setuid(uid)
+    os.umask(umask)
+
+
+@pytest.mark.parametrize("mode", [0o2770, 0o770, 0o2775])
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_two_users_of_one_group_share_a_pool(lab: Path, mode: int, umask: int, children: Children) -> None:
+    lab.chmod(mode)
+    pool = lab / "resource_status.json"
+
+    def work(uid: int) -> None:
+        become(uid, [LAB], umask)
+        manager = GPUResourceManagerV01(pool)
+        assert manager.allocate_resources(f"task-of-{uid}", 2, 1)
+        if uid == BOB:
+            assert manager.release_resources(f"task-of-{ALICE}")
+
+    for uid in (ALICE, BOB, ALICE):
+        assert children.run(lambda uid=uid: work(uid)) == 0  # type: ignore[misc]
+        for name in names(pool):
+            found = os.stat(lab / name)
+            assert (found.st_gid, found.st_mode & 0o7777) == (LAB, 0o660 | mode & 0o004), name
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_kill_while_the_lock_file_is_made_does_not_shut_the_group_out(
+    lab: Path, number: int, children: Children
+) -> None:
+    lab.chmod(0o2770)
+    pool = lab / "resource_status.json"
+
+    def alice() -> None:
+        become(ALICE, [LAB], 0o077)
+        with intercepted(at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+            GPUResourceManagerV01(pool)
+
+    def bob() -> None:
+        become(BOB, [LAB], 0o077)
+        assert GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)
+
+    children.run(alice)
+    assert children.run(bob) == 0
+
+
+def test_reader_outside_the_group_can_look_but_changes_nothing(lab: Path, children: Children) -> None:
+    lab.chmod(0o2775)
+    pool = lab / "resource_status.json"
+
+    def alice() -> None:
+        become(ALICE, [LAB], 0o077)
+        GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)
+
+    def stranger() -> None:
+        become(STRANGER, [], 0o022)
+        manager = GPUResourceManagerV01(pool)
+        assert manager.get_resource_summary()["total_running_tasks"] == 1
+        for ask in (lambda: manager.release_resources("task"), manager.reset_resources):
+            with pytest.raises(StateFileError, match="権限"):
+                ask()
+
+    assert children.run(alice) == 0
+    before = pool.read_bytes()
+    assert children.run(stranger) == 0
+    assert (pool.read_bytes(), names(pool)) == (before, BOTH_FILES)
+
+
+def test_umask_holds_in_a_directory_of_ones_own(lab: Path, children: Children) -> None:
+    lab.chmod(0o755)
+    pool = lab / "resource_status.json"
+
+    def alice() -> None:
+        become(ALICE, [LAB], 0o027)
+        GPUResourceManagerV01(pool)
+
+    assert children.run(alice) == 0
+    assert {os.stat(lab / name).st_mode & 0o777 for name in names(pool)} == {0o640}
+
+
+def test_unreadable_file_is_refused_with_its_name(lab: Path, children: Children) -> None:
+    lab.chmod(0o755)
+    pool = lab / "resource_status.json"
+    GPUResourceManagerV01(pool)
+    pool.chmod(0o600)
+
+    def stranger() -> None:
+        become(STRANGER, [], 0o022)
+        with pytest.raises(StateFileError, match=r"Permission denied.*resource_status\.json"):
+            GPUResourceManagerV01(pool).get_resource_summary()
+
+    assert children.run(stranger) == 0
