@@ -17,15 +17,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:  # imported where they are used: help and usage errors need neither
     import logging
 
     from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, State, Summary
-
-VERSION = "0.1"
 
 EXIT_OK = 0
 EXIT_NO = 1  # the answer is no: no room, unknown task, not confirmed
@@ -196,10 +194,11 @@ def build_parser() -> Parser:
     commands.add_argument(
         "--allocate",
         nargs=3,
+        action="append",
         metavar=("TASK_ID", "GPUS", "CPUS"),
         help="タスクに GPU (2-8) と CPU (1-64) を割り当てる",
     )
-    commands.add_argument("--release", metavar="TASK_ID", help="タスクのリソースを解放する")
+    commands.add_argument("--release", action="append", metavar="TASK_ID", help="タスクのリソースを解放する")
     add_command("--reset", cmd_reset, "すべてのタスクの記録を消す (確認あり)")
     commands.add_argument("--version", action="version", version=f"GPU リソースマネージャー v{VERSION}")
     parser.add_argument("--prefer-server", type=integer, metavar="ID", help="--allocate で優先するサーバー ID")
@@ -209,16 +208,24 @@ def build_parser() -> Parser:
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; ``command`` is the function to call, or ``None`` if none was asked for."""
-    args = parser.parse_args(argv)
-    if args.allocate is not None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:
+        if _UNSAFE.search(word) or "\n" in word:  # no refusal, by whomever, is to show it as it is
+            parser.error(f"制御文字を含む引数は使えません: {word!r}")
+    args = parser.parse_args(words)
+    for option, values in (("--allocate", args.allocate), ("--release", args.release)):
+        if values and len(values) > 1:  # argparse would forget all but the last
+            parser.error(f"{option} は一度だけ指定してください")
+    if args.allocate:
         args.command = cmd_allocate
-        task_id, *counts = args.allocate
+        [(task_id, *counts)] = args.allocate
         try:
             args.allocate = (task_id, *map(integer, counts))
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --allocate: {error}")
-    elif args.release is not None:
+    elif args.release:
         args.command = cmd_release
+        [args.release] = args.release
     if args.prefer_server is not None and args.command is not cmd_allocate:
         parser.error("--prefer-server は --allocate と一緒に指定してください")
     if args.yes and args.command is not cmd_reset:
@@ -228,20 +235,28 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 
 # --- Output and main ------------------------------------------------------------------------------
 
-# A control character of a refused task_id must not reach the terminal that shows the refusal.
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+# Could move the cursor, or reverse or split the text, of the terminal that shows it: from an argument,
+# or from the path of the state file.
+_UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def show(text: str) -> None:
     """Write a text to stdout at once; an ``OSError`` is for ``main``."""
-    print(_CONTROL.sub("?", text), flush=True)
+    print(_UNSAFE.sub("?", text), flush=True)
 
 
 def show_error(text: str) -> None:
     """Write a text to stderr at once."""
     if sys.stderr is not None:  # print(file=None) would write to stdout
-        with suppress(OSError):  # a broken stderr leaves nowhere to say so
-            print(_CONTROL.sub("?", text), file=sys.stderr, flush=True)
+        try:
+            print(_UNSAFE.sub("?", text), file=sys.stderr, flush=True)
+        except OSError:  # nowhere is left to say so
+            discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Drop what a broken stream still holds, or the interpreter would try, and complain, once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(argv: Sequence[str] | None) -> Answer:
@@ -252,21 +267,26 @@ def run(argv: Sequence[str] | None) -> Answer:
         return EXIT_OK, parser.format_help().rstrip()
     try:
         import gpu_resource_manager_v01 as library
-
+    except ImportError as error:
+        return missing_package(error)
+    try:
         with library_warnings_on_stderr(library.logger):
             answer: Answer = args.command(library.GPUResourceManagerV01(), args)
             return answer
     except ImportError as error:
-        show_error(
-            f"✗ 必要なパッケージを読み込めません: {error.name} ({error})\n"
-            "  対処: pip install -r requirements_v01.txt を実行してください"
-        )
-        return EXIT_USAGE, ""
+        return missing_package(error)
     except library.ResourceManagerError as error:
         show_error(f"✗ {error}")
         if isinstance(error, library.InvalidRequestError):
             return EXIT_USAGE, ""
         return (EXIT_AGAIN if isinstance(error, library.LockTimeoutError) else EXIT_IO), ""
+
+
+def missing_package(error: ImportError) -> Answer:
+    show_error(
+        f"✗ 必要なパッケージを読み込めません: {error}\n  対処: pip install -r requirements_v01.txt を実行してください"
+    )
+    return EXIT_USAGE, ""
 
 
 @contextmanager
@@ -288,7 +308,7 @@ def library_warnings_on_stderr(logger: logging.Logger) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a legacy encoding may lack ✓
     code = EXIT_IO  # until the command has done its work
@@ -310,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"✗ 出力できません: {error.strerror}\n  対処: 出力先を直し、--detail で現在の状態を確かめてください"
             )
             code = EXIT_IO
-        # Else the interpreter would try, and complain, once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            discard(sys.stdout)
     return code
 
 

@@ -50,7 +50,7 @@ LOCK_POLL_S = 0.001
 
 # Characters that could move a cursor, end a line or reverse the text of a screen (C0, C1, line and
 # paragraph separators, bidirectional controls), and surrogates, which no valid text holds.
-_UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 # --- Errors: asking, locking, storing -------------------------------------------------------------
@@ -169,7 +169,7 @@ def decode_state(data: bytes) -> State:
     :raises ValueError: it does not hold one; the text says why.
     """
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ValueError(f"UTF-8 として読めません ({error.start} バイト目)") from error
     except RecursionError as error:
@@ -181,8 +181,11 @@ def decode_state(data: bytes) -> State:
     return state
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} は JSON の値ではありません")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # NaN, Infinity, 1e400: JSON could not hold it when we write again
+        raise ValueError(f"{text} は有限の数ではありません")
+    return number
 
 
 def encode_state(state: State) -> bytes:
@@ -262,7 +265,7 @@ def check_state(document: Any) -> None:
 
 def _check_record(record: Any, keys: dict[str, Any], where: str) -> None:
     if type(record) is not dict:
-        raise ValueError(f"{where} が JSON オブジェクトではありません")
+        raise ValueError(f"{where}が JSON オブジェクトではありません")
     for key, kind in keys.items():
         if key not in record:
             raise ValueError(f"{where}: {key} がありません")
@@ -463,6 +466,8 @@ class JsonFileStore:
 
     def __init__(self, path: str, lock_name: str, lock_timeout_s: float) -> None:
         self.path = path
+        with self._failures_reported():
+            self.path = os.path.abspath(path)  # fails where the current directory has been removed
         self.lock_name = lock_name
         self.lock_timeout_s = lock_timeout_s
 
@@ -779,13 +784,12 @@ class GPUResourceManagerV01:
     ) -> None:
         path = os.fspath(resource_file or os.environ.get(RESOURCE_FILE_VARIABLE) or self.RESOURCE_FILE)
         if not isinstance(path, str) or "\0" in path:
-            raise _invalid("resource_file", path, "ファイルのパスではありません")
-        if isinstance(lock_timeout_s, bool) or not isinstance(lock_timeout_s, (int, float)):
-            raise _invalid("lock_timeout_s", lock_timeout_s, "秒数ではありません")
-        if math.isnan(lock_timeout_s) or lock_timeout_s < 0:
-            raise _invalid("lock_timeout_s", lock_timeout_s, "0 以上の秒数ではありません")
-        self.resource_file = os.path.abspath(path)
-        self._store = JsonFileStore(self.resource_file, self.LOCK_FILE, lock_timeout_s)
+            raise _invalid("resource_file", path, "がファイルのパスではありません", "パスを文字列で指定してください")
+        # ``not >=`` also catches NaN.
+        if type(lock_timeout_s) not in (int, float) or not lock_timeout_s >= 0:
+            raise _invalid("lock_timeout_s", lock_timeout_s, "が秒数ではありません", "0 以上の数を指定してください")
+        self._store = JsonFileStore(path, self.LOCK_FILE, lock_timeout_s)
+        self.resource_file = self._store.path
         if not self._store.exists():
             self._store.create(self._new_state())
 
@@ -816,9 +820,14 @@ class GPUResourceManagerV01:
             _check_int("prefer_server_id", prefer_server_id, 0, None)
 
         def change(state: State) -> Allocation:
-            server_ids = [server["server_id"] for server in state["servers"]]
+            servers = state["servers"]
+            server_ids = [server["server_id"] for server in servers]
             if prefer_server_id is not None and prefer_server_id not in server_ids:
-                raise _invalid("prefer_server_id", prefer_server_id, "そのサーバーはありません")
+                remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
+                raise _invalid("prefer_server_id", prefer_server_id, "のサーバーはありません", remedy)
+            if not any(s["total_gpus"] >= required_gpus and s["total_cpus"] >= required_cpus for s in servers):
+                remedy = "--status で各サーバーの合計を確認し、その範囲で指定してください"
+                raise _invalid("required_gpus", required_gpus, "個を持てるサーバーがありません", remedy)
             if find_task(state, task_id):
                 raise DuplicateTaskError(
                     f"タスクID {task_id!r} は既に実行中です\n  対処: 別のタスクIDを使うか、先に解放してください",
@@ -897,20 +906,19 @@ class GPUResourceManagerV01:
 
 
 def _check_task_id(task_id: object) -> None:
-    if not isinstance(task_id, str):
-        raise _invalid("task_id", task_id, "文字列ではありません")
-    problem = task_id_problem(task_id)
+    problem = task_id_problem(task_id) if isinstance(task_id, str) else "が文字列ではありません"
     if problem:
-        raise _invalid("task_id", task_id, problem)
+        remedy = f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
+        raise _invalid("task_id", task_id, problem, remedy)
 
 
 def _check_int(parameter: str, value: object, least: int, most: int | None) -> None:
-    if type(value) is not int:  # ``True`` is an int to isinstance
-        raise _invalid(parameter, value, "整数ではありません")
-    if value < least or (most is not None and value > most):
-        limits = f"{least} 以上" if most is None else f"{least}-{most}"
-        raise _invalid(parameter, value, f"範囲外です ({limits} で指定してください)")
+    # Exactly int: ``True`` is one to isinstance.
+    if type(value) is not int or value < least or (most is not None and value > most):
+        limits = f"{least} 以上" if most is None else f"{least}-{most} "
+        raise _invalid(parameter, value, "が正しくありません", f"{limits}の整数を指定してください")
 
 
-def _invalid(parameter: str, value: object, problem: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{parameter} {problem}: {value!r}", parameter=parameter, value=value)
+def _invalid(parameter: str, value: object, problem: str, remedy: str) -> InvalidRequestError:
+    text = f"{parameter} {problem}: {value!r}\n  対処: {remedy}"
+    return InvalidRequestError(text, parameter=parameter, value=value)

@@ -19,6 +19,23 @@ sys.path.insert(0, str(PROJECT))
 GUARD_S = 60
 
 
+#: what lies in the directory of a pool while nobody is changing it
+BOTH_FILES = [".resource.lock", "resource_status.json"]
+
+
+def names(pool: Path) -> list[str]:
+    """Return what lies in the directory of the state file ``pool``."""
+    return sorted(os.listdir(pool.parent))
+
+
+def running(pool: Path) -> list[str]:
+    """Return the tasks of the state file ``pool``, which must be valid."""
+    from gpu_resource_manager_v01 import decode_state
+
+    state = decode_state(pool.read_bytes())
+    return [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
+
+
 @pytest.fixture(autouse=True)
 def no_real_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let even a forgotten ``resource_file=`` end up in the directory of the test."""

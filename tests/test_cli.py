@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import GUARD_S, PROJECT
+from conftest import BOTH_FILES, GUARD_S, PROJECT, names, running
 from filelock import FileLock
 from wcwidth import wcswidth
 
-from gpu_resource_manager_v01 import GPUResourceManagerV01, decode_state
+from gpu_resource_manager_v01 import GPUResourceManagerV01
 
 CLI = PROJECT / "cli_v01.py"
 
@@ -90,20 +90,8 @@ def assert_refused(result: Result, code: int) -> None:
     assert "✓" not in result.out, result.out
 
 
-def names(pool: Path) -> list[str]:
-    return sorted(os.listdir(pool.parent))
-
-
-def running(pool: Path) -> list[str]:
-    state = decode_state(pool.read_bytes())
-    return [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
-
-
 def without_times(text: str) -> str:
     return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$", "TIME", text, flags=re.MULTILINE)
-
-
-BOTH_FILES = [".resource.lock", "resource_status.json"]
 
 
 @pytest.fixture
