@@ -607,7 +607,7 @@ VALID = encode_state(valid_document())
         (VALID.replace(b'"', b"'"), "JSON"),
         (VALID.replace(b'"total_cpus": 16', b'"total_cpus": NaN'), "NaN"),
         (VALID.replace(b'"total_cpus": 16', b'"total_cpus": -Infinity'), "-Infinity"),
-        (VALID.replace(b'"total_cpus": 16', b'"total_cpus": 1e999'), "servers[0]: total_cpus"),
+        (VALID.replace(b'"total_cpus": 16', b'"total_cpus": 1e999'), "1e999"),
         (VALID.replace(b'"total_cpus": 16', b'"total_cpus": ' + b"9" * 10_000), ""),
         (VALID.replace(b'"version"', b'"x": NaN, "version"'), "NaN"),
         (b"[" * 200_000, "入れ子"),

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def cli(*args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def through_api(pool: Path, claims: Claims, worker: int) -> None:
+def through_api(pool: Path, claims: Claims, all_released: Barrier, worker: int) -> None:
     manager = GPUResourceManagerV01(pool)
     rng = random.Random(worker)
     for number in range(API_ROUNDS):
@@ -62,10 +63,11 @@ def through_api(pool: Path, claims: Claims, worker: int) -> None:
         claims.take(held["server_name"], held["gpu_ids"])
         claims.give_back(held["server_name"], held["gpu_ids"])
         assert manager.release_resources(task_id)
-    assert manager.allocate_resources(f"kept-{worker}", 2, 1), "12 x 2 + 4 x 2 GPUs are just the pool"
+    all_released.wait()
+    assert manager.allocate_resources(f"kept-{worker}", 2, 1), "16 processes with 2 GPUs each just fill the pool"
 
 
-def through_cli(claims: Claims, worker: int) -> None:
+def through_cli(claims: Claims, all_released: Barrier, worker: int) -> None:
     for number in range(CLI_ROUNDS):
         task_id = f"cli-{worker}-{number}"
         if cli("--allocate", task_id, "2", "1", code=None).returncode == 1:
@@ -80,6 +82,7 @@ def through_cli(claims: Claims, worker: int) -> None:
         claims.take(server, gpu_ids)
         claims.give_back(server, gpu_ids)
         cli("--release", task_id)
+    all_released.wait()
     cli("--allocate", f"kept-cli-{worker}", "2", "1")
 
 
@@ -88,7 +91,7 @@ def test_sixteen_processes_never_share_a_gpu_and_lose_no_update(
     pool: Path, tmp_path: Path, children: Children, lock_file_is_deleted_all_the_time: bool
 ) -> None:
     claims = Claims(tmp_path / "claims")
-    barrier = get_context("fork").Barrier(API_PROCESSES + CLI_PROCESSES)
+    barrier, all_released = (get_context("fork").Barrier(API_PROCESSES + CLI_PROCESSES) for _ in range(2))
 
     def starting(work: Callable[[], None]) -> int:
         def wait_and_work() -> None:
@@ -97,8 +100,8 @@ def test_sixteen_processes_never_share_a_gpu_and_lose_no_update(
 
         return children.start(wait_and_work)
 
-    pids = [starting(lambda n=n: through_api(pool, claims, n)) for n in range(API_PROCESSES)]  # type: ignore[misc]
-    pids += [starting(lambda n=n: through_cli(claims, n)) for n in range(CLI_PROCESSES)]  # type: ignore[misc]
+    pids = [starting(lambda n=n: through_api(pool, claims, all_released, n)) for n in range(API_PROCESSES)]  # type: ignore[misc]
+    pids += [starting(lambda n=n: through_cli(claims, all_released, n)) for n in range(CLI_PROCESSES)]  # type: ignore[misc]
     done = threading.Event()
 
     def delete_lock_file() -> None:
