@@ -18,18 +18,23 @@ and writes), and at last :class:`GPUResourceManagerV01`, a thin layer over the r
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import math
 import os
+import pwd
 import re
 import stat
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypedDict, TypeVar
 
 T = TypeVar("T")
+#: position in line, from 1, and why there is no room yet
+OnWait = Callable[[int, str], None]
 
 logger = logging.getLogger(__name__)
 # A library without a handler of its own would have its warnings printed to stderr by ``logging``.
@@ -39,14 +44,23 @@ logger.addHandler(logging.NullHandler())
 
 #: the only value of the document's ``version`` that this module reads and writes
 FORMAT_VERSION = "0.1"
-MIN_GPUS_PER_TASK = 2
-MIN_CPUS_PER_TASK = 1
+MIN_GPUS_PER_TASK = 2  # unless the pool was described with another least number
+MAX_GPUS_PER_SERVER = 1024
+MAX_CPUS_PER_SERVER = 65536
 MAX_TASK_ID_LENGTH = 128  # characters
+#: how often later requests may be placed ahead of a waiting one; see :func:`admit`
+MAX_PASSED_OVER = 32
 #: environment variable that names another state file
 RESOURCE_FILE_VARIABLE = "GPU_RESOURCE_FILE"
+#: environment variable that names the server of the pool that this machine is
+SERVER_VARIABLE = "GPU_RESOURCE_SERVER"
 DEFAULT_LOCK_TIMEOUT_S = 60.0
-#: seconds between two attempts to take a lock; an attempt costs a few microseconds
+#: seconds between two attempts to take a lock
 LOCK_POLL_S = 0.001
+#: seconds between two looks of a waiter at the state file: at first, and at most when nothing changes
+WAIT_POLL_S = (0.1, 2.0)
+#: seconds after which a waiter looks for processes that have died, which changes no file
+WAIT_RECHECK_S = 3.0
 
 # Characters that could move a cursor, end a line or reverse the text of a screen (C0, C1, line and
 # paragraph separators, bidirectional controls), and surrogates, which no valid text holds.
@@ -81,6 +95,29 @@ class DuplicateTaskError(InvalidRequestError):
     """Asking: a task with this identifier already runs; nothing was touched."""
 
 
+class NotOwnerError(ResourceManagerError):
+    """Asking: the task belongs to another user; nothing was touched."""
+
+    task_id: str
+    #: name of the user it belongs to
+    owner: str
+
+
+class PoolConflictError(ResourceManagerError):
+    """Asking: the pool has other servers than described, or still runs tasks; nothing was touched."""
+
+
+class NoCapacityError(ResourceManagerError):
+    """Asking: there is not enough room now, try later; the text says what is short and who holds it."""
+
+    required_gpus: int
+    required_cpus: int
+    #: identifiers of the fewest tasks whose release would make room
+    fewest_releases: list[str]
+    #: requests that wait already
+    waiting: int
+
+
 class LockTimeoutError(ResourceManagerError, TimeoutError):
     """Locking: another process held the lock for longer than we were told to wait."""
 
@@ -102,15 +139,28 @@ class UnusableStateFileError(StateFileError):
     """Storing: what stands in the place of the state file cannot be used until someone resets it."""
 
 
-class _DeclinedError(Exception):
-    """Raised by a change that has nothing to write; it never leaves this module."""
-
-
 # --- The document ---------------------------------------------------------------------------------
 # Keys that are not listed here are kept through every change, at every level of the document.
 
 
-class Task(TypedDict):
+class Requester(TypedDict, total=False):
+    """Who asked, as information, and what ties the request to a living process; any key may be missing."""
+
+    user: str
+    uid: int
+    #: host name of the machine that it was asked on
+    host: str
+    pid: int
+    command: str
+    #: it was told to use the GPUs of ``host`` itself
+    local: bool
+    #: name of a file under ``.leases/``: the task ends when no process on ``host`` holds its lock
+    lease: str
+    #: only in what :meth:`GPUResourceManagerV01.get_detailed_status` returns: the lease is free
+    ended: bool
+
+
+class Task(Requester):
     """What one task holds on one server."""
 
     task_id: str
@@ -134,7 +184,27 @@ class Server(TypedDict):
     running_tasks: list[Task]
 
 
-class State(TypedDict):
+class Request(Requester):
+    """A request that stands in line."""
+
+    task_id: str
+    required_gpus: int
+    required_cpus: int
+    prefer_server_id: int | None
+    #: the one server that will do, or ``None``
+    only_server_id: int | None
+    #: how many later requests were placed on a server that would have done for this one
+    passed_over: int
+
+
+class _Optional(TypedDict, total=False):
+    #: in order of arrival; missing when nobody waits
+    waiting: list[Request]
+    #: missing means MIN_GPUS_PER_TASK
+    min_gpus_per_task: int
+
+
+class State(_Optional):
     """The whole document of the state file."""
 
     servers: list[Server]
@@ -143,24 +213,33 @@ class State(TypedDict):
     version: str
 
 
+#: name, number of GPUs, number of CPUs
+ServerDescription = tuple[str, int, int]
+
+
 def new_state(servers: int = 4, gpus: int = 8, cpus: int = 64) -> State:
     """Return a pool of ``servers`` idle servers with ``gpus`` GPUs and ``cpus`` CPUs each."""
     return {
-        "servers": [
-            {
-                "server_id": server_id,
-                "server_name": f"gpu-server-{server_id}",
-                "total_gpus": gpus,
-                "available_gpus": list(range(gpus)),
-                "total_cpus": cpus,
-                "available_cpus": cpus,
-                "running_tasks": [],
-            }
-            for server_id in range(servers)
-        ],
+        "servers": new_servers([(f"gpu-server-{number}", gpus, cpus) for number in range(servers)]),
         "last_updated": "",
         "version": FORMAT_VERSION,
     }
+
+
+def new_servers(descriptions: Sequence[ServerDescription]) -> list[Server]:
+    """Return idle servers, numbered in the order given."""
+    return [
+        {
+            "server_id": server_id,
+            "server_name": name,
+            "total_gpus": gpus,
+            "available_gpus": list(range(gpus)),
+            "total_cpus": cpus,
+            "available_cpus": cpus,
+            "running_tasks": [],
+        }
+        for server_id, (name, gpus, cpus) in enumerate(descriptions)
+    ]
 
 
 def decode_state(data: bytes) -> State:
@@ -219,6 +298,8 @@ _SERVER_KEYS = {
     "running_tasks": list,
 }
 _TASK_KEYS = {"task_id": str, "allocated_gpus": list, "allocated_cpus": int, "start_time": str}
+_OPTIONAL_KEYS = {"waiting": list, "min_gpus_per_task": int}
+_REQUEST_KEYS = {"task_id": str, "required_gpus": int, "required_cpus": int, "passed_over": int, "lease": str}
 
 
 def check_state(document: Any) -> None:
@@ -226,7 +307,7 @@ def check_state(document: Any) -> None:
 
     The invariant: on every server each GPU index from 0 to ``total_gpus`` - 1 is either available or
     held by exactly one task, both lists ascending; available CPUs and the tasks' CPUs add up to
-    ``total_cpus``; a ``task_id`` and a ``server_id`` occur once.
+    ``total_cpus``; a ``server_id`` occurs once, and so does a ``task_id``, be it running or waiting.
 
     :raises ValueError: it does not hold; the text names the place and the reason.
     """
@@ -248,12 +329,7 @@ def check_state(document: Any) -> None:
         for task_position, task in enumerate(server["running_tasks"]):
             spot = f"{where}.running_tasks[{task_position}]"
             _check_record(task, _TASK_KEYS, spot)
-            problem = task_id_problem(task["task_id"])
-            if task["task_id"] in task_ids:
-                problem = f"{task['task_id']!r} が重複しています"
-            if problem:
-                raise ValueError(f"{spot}: task_id {problem}")
-            task_ids.add(task["task_id"])
+            _check_task_id_once(task["task_id"], task_ids, spot)
             gpus += task["allocated_gpus"]
             cpus += task["allocated_cpus"]
         # The length first: a hand-written total of 10**12 must not make us build such a list.
@@ -261,11 +337,28 @@ def check_state(document: Any) -> None:
             raise ValueError(f"{where}: GPU 0 から total_gpus - 1 までが、空きと割り当て済みに一度ずつ現れていません")
         if cpus != server["total_cpus"]:
             raise ValueError(f"{where}: 空きと割り当て済みの CPU の合計が total_cpus と一致しません")
+    _check_record({"waiting": [], "min_gpus_per_task": 1, **document}, _OPTIONAL_KEYS, "最上位")
+    for position, request in enumerate(document.get("waiting", [])):
+        where = f"waiting[{position}]"
+        _check_record(request, _REQUEST_KEYS, where)
+        _check_task_id_once(request["task_id"], task_ids, where)
+        for key in ("prefer_server_id", "only_server_id"):
+            if type(request.get(key)) not in (int, type(None)):
+                raise ValueError(f"{where}: {key} の型が int ではありません")
+
+
+def _check_task_id_once(task_id: str, seen: set[str], where: str) -> None:
+    problem = task_id_problem(task_id)
+    if task_id in seen:
+        problem = f"{task_id!r} が重複しています"
+    if problem:
+        raise ValueError(f"{where}: task_id {problem}")
+    seen.add(task_id)
 
 
 def _check_record(record: Any, keys: dict[str, Any], where: str) -> None:
     if type(record) is not dict:
-        raise ValueError(f"{where}が JSON オブジェクトではありません")
+        raise ValueError(f"{where}: JSON オブジェクトではありません")
     for key, kind in keys.items():
         if key not in record:
             raise ValueError(f"{where}: {key} がありません")
@@ -329,7 +422,14 @@ class ServerSummary(TypedDict):
     running_tasks: int
 
 
-class Summary(TypedDict):
+class _SummaryExtras(TypedDict, total=False):
+    #: requests in line; missing when there is none
+    total_waiting: int
+    #: tasks and requests whose processes are gone, already counted as free; missing when there is none
+    ended_tasks: list[str]
+
+
+class Summary(_SummaryExtras):
     """The pool in counts."""
 
     total_servers: int
@@ -341,11 +441,13 @@ class Summary(TypedDict):
     servers: list[ServerSummary]
 
 
-def first_fit(state: State, gpus: int, cpus: int, prefer_server_id: int | None = None) -> Server | None:
+def first_fit(
+    state: State, gpus: int, cpus: int, prefer_server_id: int | None = None, allowed: Container[int] | None = None
+) -> Server | None:
     """Return the first server with room for the request, or ``None``.
 
-    A preferred server is tried first, then all servers in the order of the file. O(N) in the number
-    of servers. First Fit is due to D. S. Johnson, "Near-optimal bin packing algorithms" (MIT, 1973).
+    A preferred server is tried first, then all servers in the order of the file; ``allowed`` limits
+    both to these ``server_id``s. O(N) in the number of servers.
 
     >>> first_fit(new_state(), gpus=4, cpus=32)["server_name"]
     'gpu-server-0'
@@ -353,27 +455,216 @@ def first_fit(state: State, gpus: int, cpus: int, prefer_server_id: int | None =
     servers = state["servers"]
     preferred = [server for server in servers if server["server_id"] == prefer_server_id]
     for server in preferred + servers:
+        if allowed is not None and server["server_id"] not in allowed:
+            continue
         if len(server["available_gpus"]) >= gpus and server["available_cpus"] >= cpus:
             return server
     return None
 
 
-def place(server: Server, task_id: str, gpus: int, cpus: int, start_time: str) -> Allocation:
+def place(
+    server: Server, task_id: str, gpus: int, cpus: int, start_time: str, requester: Requester | None = None
+) -> Allocation:
     """Give the task the lowest free GPU indices of ``server``, which has room for it."""
     gpu_ids = server["available_gpus"][:gpus]
-    del server["available_gpus"][:gpus]
+    server["available_gpus"] = server["available_gpus"][gpus:]
     server["available_cpus"] -= cpus
-    server["running_tasks"].append(
-        {"task_id": task_id, "allocated_gpus": gpu_ids, "allocated_cpus": cpus, "start_time": start_time}
-    )
+    task: Task = {"task_id": task_id, "allocated_gpus": gpu_ids, "allocated_cpus": cpus, "start_time": start_time}
+    task.update(requester or {})  # type: ignore[typeddict-item]
+    server["running_tasks"].append(task)
+    return allocation_of(server, task)
+
+
+def allocation_of(server: Server, task: Task) -> Allocation:
+    """Return what ``task`` holds on ``server`` as the answer to the one who asked."""
     return {
-        "task_id": task_id,
+        "task_id": task["task_id"],
         "server_id": server["server_id"],
         "server_name": server["server_name"],
-        "gpu_ids": gpu_ids[:],
-        "gpu_devices": ",".join(map(str, gpu_ids)),
-        "cpu_count": cpus,
+        "gpu_ids": task["allocated_gpus"][:],
+        "gpu_devices": ",".join(map(str, task["allocated_gpus"])),
+        "cpu_count": task["allocated_cpus"],
     }
+
+
+def eligible_server_ids(state: State, request: Request) -> set[int]:
+    """Return the servers that could hold ``request`` if they were idle."""
+    return {
+        server["server_id"]
+        for server in state["servers"]
+        if server["total_gpus"] >= request["required_gpus"]
+        and server["total_cpus"] >= request["required_cpus"]
+        and request.get("only_server_id") in (None, server["server_id"])
+    }
+
+
+def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER) -> bool:
+    """Place every waiting request that may be placed; tell whether there was one.
+
+    The rule: in order of arrival, each request is placed as soon as it fits, so a small job runs in
+    the gaps that a big one cannot use. Every time a later request is placed on a server that would
+    have done for an earlier one, the earlier has been *passed over*. Once that has happened
+    ``max_passed_over`` times, nothing later is placed on a server that would do for it: those servers
+    empty, and it is placed. So no request waits for more than ``max_passed_over`` later ones, and a
+    job of 8 GPUs does not starve under a stream of small ones. Known as backfilling with bounded
+    bypass; a smaller bound comes closer to strict FIFO, where a big job leaves free GPUs idle.
+    """
+    left: list[Request] = []
+    closed: set[int] = set()
+    waiting = state.get("waiting", [])
+    for request in waiting:
+        eligible = eligible_server_ids(state, request)
+        gpus, cpus = request["required_gpus"], request["required_cpus"]
+        server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), eligible - closed)
+        if server is None:
+            left.append(request)
+            if request["passed_over"] >= max_passed_over:
+                closed |= eligible
+            continue
+        place(server, request["task_id"], gpus, cpus, start_time, _requester_of(request))
+        for earlier in left:
+            passed = eligible_server_ids(state, earlier)
+            if server["server_id"] in passed:
+                earlier["passed_over"] += 1
+                if earlier["passed_over"] >= max_passed_over:
+                    closed |= passed
+    set_waiting(state, left)
+    return len(left) < len(waiting)
+
+
+def set_waiting(state: State, waiting: list[Request]) -> None:
+    """Let ``waiting`` be the line; without anybody in it, the document has no such key."""
+    if waiting:
+        state["waiting"] = waiting
+    else:
+        state.pop("waiting", None)
+
+
+def _requester_of(request: Request) -> Requester:
+    """Return all of the request but what is asked: who asked it, and keys that we do not know."""
+    asked = {*_REQUEST_KEYS, "prefer_server_id", "only_server_id"} - {"lease"}
+    requester: Any = {key: value for key, value in request.items() if key not in asked}
+    found: Requester = requester
+    return found
+
+
+def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
+    """Take back what ended tasks hold, strike ended requests from the line; return their identifiers."""
+    ended = [(server, task) for server in state["servers"] for task in server["running_tasks"] if is_ended(task)]
+    for server, task in ended:
+        remove_task(server, task)
+    gone = [request for request in state.get("waiting", []) if is_ended(request)]
+    set_waiting(state, [request for request in state.get("waiting", []) if request not in gone])
+    return [task["task_id"] for _, task in ended] + [request["task_id"] for request in gone]
+
+
+def records(state: State) -> list[Task | Request]:
+    """Return all that bears a ``task_id``: running tasks and waiting requests."""
+    return [task for server in state["servers"] for task in server["running_tasks"]] + [*state.get("waiting", [])]
+
+
+def check_request(state: State, request: Request) -> None:
+    """:raises InvalidRequestError: this pool could not grant ``request`` even if it were idle."""
+    least, most, most_cpus = limits(state)
+    _check_int("required_gpus", request["required_gpus"], least, most)
+    _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
+    server_ids = [server["server_id"] for server in state["servers"]]
+    if request["prefer_server_id"] not in (None, *server_ids):
+        remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
+        raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
+    if not eligible_server_ids(state, request):
+        amounts = (request["required_gpus"], request["required_cpus"])
+        remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
+        raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
+
+
+def ask(
+    state: State, request: Request, start_time: str, stay: bool, keep_lease: bool
+) -> tuple[bool, Allocation | NoCapacityError]:
+    """Let ``request`` arrive at the end of the line, unless it stands there, and see whether it is placed.
+
+    Returns whether ``state`` was changed, and what was granted or why nothing was. ``stay`` leaves the
+    request in line; without ``keep_lease`` a placed task is no longer bound to its lease.
+
+    :raises InvalidRequestError: it can never be placed.
+    :raises DuplicateTaskError: a task with this identifier runs or waits already.
+    """
+    task_id, lease = request["task_id"], request.get("lease")
+    same = [record for record in records(state) if record["task_id"] == task_id]
+    arrived = not same
+    check_request(state, request)
+    if arrived:
+        set_waiting(state, [*state.get("waiting", []), request.copy()])
+        admit(state, start_time)
+    elif lease is None or same[0].get("lease") != lease:
+        raise DuplicateTaskError(
+            f"タスクID {task_id!r} は既に実行中または待機中です\n  対処: 別のタスクIDを使うか、先に解放してください",
+            parameter="task_id",
+            value=task_id,
+        )
+    found = find_task(state, task_id)
+    if found:
+        if not keep_lease:
+            found[1].pop("lease", None)
+        return arrived or not keep_lease, allocation_of(*found)
+    waiting = state["waiting"]
+    [mine] = [record for record in waiting if record["task_id"] == task_id]
+    refusal = shortfall(state, mine)
+    if not stay:
+        set_waiting(state, [record for record in waiting if record is not mine])
+    return arrived == stay, refusal
+
+
+def descriptions(state: State) -> list[ServerDescription]:
+    """Return what servers the pool has, whatever runs on them."""
+    return [(server["server_name"], server["total_gpus"], server["total_cpus"]) for server in state["servers"]]
+
+
+def limits(state: State) -> tuple[int, int, int]:
+    """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
+    servers = state["servers"]
+    most_gpus, most_cpus = (max(server[key] for server in servers) for key in ("total_gpus", "total_cpus"))
+    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK), most_gpus, most_cpus
+
+
+def server_of_host(state: State, host: str, named: str | None) -> Server:
+    """Return the server of the pool that the machine ``host`` is, for GPU numbers mean nothing elsewhere.
+
+    It is the one of that name, short or full, or the one that ``named`` says.
+
+    :raises InvalidRequestError: there is none, or it would be two: tasks on one physical GPU.
+    """
+    servers = state["servers"]
+    by_host = [server for server in servers if _same_host(server["server_name"], host)]
+    found = [server for server in servers if server["server_name"] == named] if named else by_host
+    records: list[tuple[int | None, Requester]] = [(r.get("only_server_id"), r) for r in state.get("waiting", [])]
+    records += [(server["server_id"], task) for server in servers for task in server["running_tasks"]]
+    known_as = {
+        server_id for server_id, record in records if record.get("local") is True and record.get("host") == host
+    }
+    remedy = (
+        f"{SERVER_VARIABLE} でサーバー名を指定するか、--init --detect または "
+        "--init --server NAME:GPUS:CPUS で実際の計算機を登録してください"
+    )
+    if len(found) != 1:
+        names = ", ".join(server["server_name"] for server in servers)
+        problem = (
+            f"この計算機 ({host}) にあたるサーバーがありません"
+            if not found
+            else "この計算機にあたるサーバーが複数あります"
+        )
+        raise _invalid("server", named or host, f"が正しくありません。{problem} (登録済み: {names})", remedy)
+    if (by_host and found != by_host) or known_as - {found[0]["server_id"]}:
+        raise _invalid(
+            "server", named, f"が正しくありません。この計算機 ({host}) は別のサーバーとして使用中です", remedy
+        )
+    return found[0]
+
+
+def _same_host(name: str, host: str) -> bool:
+    name, host = name.casefold(), host.casefold()
+    short = name.split(".")[0] == host.split(".")[0]
+    return name == host or (short and ("." not in name or "." not in host))
 
 
 def find_task(state: State, task_id: str) -> tuple[Server, Task] | None:
@@ -399,21 +690,65 @@ def remove_all_tasks(state: State) -> None:
             remove_task(server, task)
 
 
-def shortfall(state: State, gpus: int, cpus: int) -> str:
-    """Explain why no server has room now: what is short on each, and whether it is only scattered."""
-    lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に空けられるサーバーがありません"]
+def shortfall(state: State, request: Request) -> NoCapacityError:
+    """Explain why ``request`` is not placed now: what is short, who holds it, and what would help."""
+    gpus, cpus = request["required_gpus"], request["required_cpus"]
+    eligible = eligible_server_ids(state, request)
+    waiting = state.get("waiting", [])
+    ahead = waiting.index(request) if request in waiting else len(waiting)
+    lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に確保できるサーバーがありません"]
+    fewest: list[Task] | None = None
     for server in state["servers"]:
         short_gpus = max(0, gpus - len(server["available_gpus"]))
         short_cpus = max(0, cpus - server["available_cpus"])
         short = [f"{what} {count} 個" for what, count in (("GPU", short_gpus), ("CPU", short_cpus)) if count]
-        lines.append(f"  {server['server_name']}: {'・'.join(short)} 不足")
-    free_gpus = sum(len(server["available_gpus"]) for server in state["servers"])
-    free_cpus = sum(server["available_cpus"] for server in state["servers"])
+        if server["server_id"] not in eligible:
+            lines.append(f"  {server['server_name']}: 対象外")
+            continue
+        lines.append(
+            f"  {server['server_name']}: "
+            + (f"{'・'.join(short)}不足" if short else "先に待っている要求のために確保中")
+        )
+        lines += [
+            f"    {task['task_id']}: GPU {len(task['allocated_gpus'])} 個・CPU {task['allocated_cpus']} 個"
+            f" ({task['start_time']} から{', ' + str(task['user']) if 'user' in task else ''})"
+            for task in server["running_tasks"]
+        ]
+        releases = fewest_releases(server, short_gpus, short_cpus)
+        if fewest is None or len(releases) < len(fewest):
+            fewest = releases
+    usable = [server for server in state["servers"] if server["server_id"] in eligible]
+    free_gpus = sum(len(server["available_gpus"]) for server in usable)
+    free_cpus = sum(server["available_cpus"] for server in usable)
     if free_gpus >= gpus and free_cpus >= cpus:
         lines.append(
             f"  空きの合計 (GPU {free_gpus} 個・CPU {free_cpus} 個) は足りますが、複数のサーバーに分散しています"
         )
-    return "\n".join(lines)
+    helpful = [task["task_id"] for task in fewest or []]
+    if helpful:
+        lines.append(f"  次の {len(helpful)} 件が解放されれば足ります: {', '.join(helpful)}")
+    if ahead:
+        lines.append(f"  先に待っている要求: {ahead} 件")
+    return NoCapacityError(
+        "\n".join(lines), required_gpus=gpus, required_cpus=cpus, fewest_releases=helpful, waiting=ahead
+    )
+
+
+def fewest_releases(server: Server, gpus: int, cpus: int) -> list[Task]:
+    """Return the fewest tasks that together hold ``gpus`` GPUs and ``cpus`` CPUs of ``server``.
+
+    Of all sets of n tasks with the same GPUs only the one with the most CPUs can matter, so this is
+    O(tasks² · gpus).
+    """
+    best: dict[tuple[int, int], tuple[int, list[Task]]] = {(0, 0): (0, [])}
+    for task in server["running_tasks"]:
+        for (count, held_gpus), (held_cpus, tasks) in list(best.items()):
+            key = (count + 1, min(gpus, held_gpus + len(task["allocated_gpus"])))
+            more = held_cpus + task["allocated_cpus"]
+            if key not in best or more > best[key][0]:
+                best[key] = (more, [*tasks, task])
+    enough = [tasks for (_, held_gpus), (held_cpus, tasks) in best.items() if held_gpus >= gpus and held_cpus >= cpus]
+    return min(enough, key=len)
 
 
 def summarize(state: State) -> Summary:
@@ -432,7 +767,7 @@ def summarize(state: State) -> Summary:
         }
         for server in state["servers"]
     ]
-    return {
+    summary: Summary = {
         "total_servers": len(servers),
         "total_gpus": sum(server["total_gpus"] for server in servers),
         "total_available_gpus": sum(server["available_gpus"] for server in servers),
@@ -441,10 +776,109 @@ def summarize(state: State) -> Summary:
         "total_running_tasks": sum(server["running_tasks"] for server in servers),
         "servers": servers,
     }
+    if state.get("waiting"):
+        summary["total_waiting"] = len(state["waiting"])
+    return summary
 
 
 def _utilization(available: int, total: int) -> str:
     return f"{100 * (total - available) / total if total else 0:.1f}%"
+
+
+# --- This machine and its processes ---------------------------------------------------------------
+
+
+class Leases:
+    """Locks on the files of one directory, which the kernel frees when their last holder is gone.
+
+    A lease is a file that its maker keeps locked with ``flock``. Processes that inherit the
+    descriptor, by ``fork`` and through ``exec``, hold the same lock; so it tells whether any process
+    of a job lives, right in every pid namespace and after every kind of death. No heartbeat, no pid.
+    """
+
+    _NAME = re.compile("[0-9a-f]{32}")
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def make(self) -> tuple[str, int]:
+        """Make a lease; return its name and the descriptor that holds it, which children inherit."""
+        while True:
+            name = os.urandom(16).hex()
+            descriptor = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                _share_with_group(descriptor, self.directory)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.fstat(descriptor).st_nlink:  # else it was swept before we had locked it
+                    os.set_inheritable(descriptor, True)
+                    return name, descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def is_free(self, name: str) -> bool:
+        """Tell whether nobody holds the lease; what cannot be looked at counts as held."""
+        try:
+            descriptor = os.open(os.path.join(self.directory, name), os.O_RDONLY | os.O_NOFOLLOW)
+        except (FileNotFoundError, PermissionError):
+            return False
+        try:
+            # Shared, so that two who look at once do not take each other for the holder.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def sweep(self, names_in_use: Container[object]) -> None:
+        """Delete free leases that no document names; called with the state file locked."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return
+        for name in names:
+            if name not in names_in_use and self._NAME.fullmatch(name) and self.is_free(name):
+                self.delete(name)
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.directory, name))
+
+    def is_ended(self, record: Requester) -> bool:
+        """Tell whether ``record`` names a lease that is free; the lease of another host is never judged."""
+        name = record.get("lease")
+        if not isinstance(name, str) or record.get("host") != host_name() or not self._NAME.fullmatch(name):
+            return False
+        return self.is_free(name)
+
+
+def host_name() -> str:
+    return os.uname().nodename
+
+
+def this_requester(command: str | None = None) -> Requester:
+    """Describe this process; ``command`` stands for its own command line."""
+    uid = os.getuid()
+    return {
+        "user": _user_name(uid),
+        "uid": uid,
+        "host": host_name(),
+        "pid": os.getpid(),
+        "command": _printable(" ".join(sys.argv) if command is None else command),
+    }
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return _printable(pwd.getpwuid(uid).pw_name)
+    except KeyError:  # a container may run as a user without a name
+        return str(uid)
+
+
+def _printable(text: str) -> str:
+    return _UNSAFE_TEXT.sub("?", text)
 
 
 # --- The store: the only code that locks, reads and writes ----------------------------------------
@@ -466,19 +900,21 @@ class JsonFileStore:
 
     def __init__(self, path: str, lock_name: str, lock_timeout_s: float) -> None:
         self.path = path
-        with self._failures_reported():
+        with self.failures_reported():
             self.path = os.path.abspath(path)  # fails where the current directory has been removed
         self.lock_name = lock_name
         self.lock_timeout_s = lock_timeout_s
 
-    def exists(self) -> bool:
-        """Tell whether anything at all, even a dangling link, stands at the path."""
-        with self._failures_reported():
-            try:
-                os.lstat(self.path)
-            except FileNotFoundError:
-                return False
-            return True
+    def directory(self) -> str:
+        """Return the directory in which the document really lies."""
+        with self.failures_reported():
+            return os.path.dirname(self._locate())
+
+    def stamp(self) -> object:
+        """Return what is another one once somebody has changed the document; costs one ``stat``."""
+        with self.failures_reported():
+            found = os.stat(self.path)
+            return found.st_ino, found.st_mtime_ns
 
     def read(self) -> State:
         """Return a private copy of the stored state, without waiting for any lock.
@@ -486,59 +922,74 @@ class JsonFileStore:
         :raises UnusableStateFileError: there is no valid state file.
         :raises StateFileError: reading it failed.
         """
-        with self._failures_reported():
+        with self.failures_reported():
             return self._load(self.path)
 
-    def update(self, change: Callable[[State], T]) -> T:
-        """Apply ``change`` to the stored state as one atomic, durable step and return what it returns.
+    def update(self, change: Callable[[State], tuple[bool, T]], instead_of_unusable: State | None = None) -> T:
+        """Apply ``change`` to the stored state as one atomic, durable step and return its result.
 
         ``change`` gets a private copy and may be called more than once; it has no effect outside its
-        argument. If it raises, nothing is written.
+        argument. It tells whether it has changed anything, and its result. Otherwise, or if it
+        raises, nothing is written.
 
+        :param instead_of_unusable: what to change if there is no valid state file; what stands in its
+            place is kept as ``NAME.corrupt-TIME``. By default that is an error.
         :raises LockTimeoutError: the lock was not had within ``lock_timeout_s`` seconds.
         :raises UnusableStateFileError: there is no valid state file; it is left as it is.
         :raises StateFileError: reading or writing failed. Unless the text says otherwise, the old
             document stands.
         """
-        with self._failures_reported():
-            path = self._locate()
-            with self._locked(os.path.dirname(path)) as directory:
+        with self._changing() as (path, directory):
+            aside = None
+            try:
                 state = self._load(path)
-                result = change(state)
+            except UnusableStateFileError:
+                if instead_of_unusable is None:
+                    raise
+                state, aside = instead_of_unusable, _aside_name(path)
+            changed, result = change(state)
+            if changed or aside:
+                self._commit(path, state, directory, aside)
+            return result
+
+    def create(self, state: State) -> None:
+        """Write ``state`` unless something, even a dangling link, stands at the path already.
+
+        :raises LockTimeoutError, StateFileError: as :meth:`update`.
+        """
+        with self.failures_reported():
+            if os.path.lexists(self.path):
+                return
+        with self._changing() as (path, directory):
+            if not os.path.lexists(path):
                 self._commit(path, state, directory)
-                return result
 
-    def create(self, state: State) -> bool:
-        """Write ``state`` unless something stands at the path already; tell whether it was written.
+    def make_directory(self, name: str) -> None:
+        """Make a directory beside the document, for all who may write there, unless there is one."""
+        with self._changing() as (path, _):
+            parent = os.path.dirname(path)
+            made = os.path.join(parent, name)
+            if os.path.isdir(made):
+                return
+            # Moved in when it is ready, as the lock file is.
+            temporary = f"{made}.tmp"
+            with suppress(FileNotFoundError):
+                os.rmdir(temporary)
+            os.mkdir(temporary)
+            descriptor = _open_directory(temporary)
+            try:
+                _share_with_group(descriptor, parent, 0o2770)
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, made)
 
-        :raises LockTimeoutError, StateFileError: as :meth:`update`.
-        """
-        with self._failures_reported():
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[str, int]]:
+        """Hold both locks; yield where the document really lies, and the descriptor of its directory."""
+        with self.failures_reported():
             path = self._locate()
             with self._locked(os.path.dirname(path)) as directory:
-                missing = not self.exists()
-                if missing:
-                    self._commit(path, state, directory)
-                return missing
-
-    def replace_unusable(self, state: State) -> bool:
-        """Set an unusable state file aside as ``NAME.corrupt-TIME`` and write ``state`` in its place.
-
-        Returns ``False``, and does nothing, when the file is usable after all.
-
-        :raises LockTimeoutError, StateFileError: as :meth:`update`.
-        """
-        with self._failures_reported():
-            path = self._locate()
-            with self._locked(os.path.dirname(path)) as directory:
-                try:
-                    self._load(path)
-                except UnusableStateFileError as error:
-                    logger.warning("状態ファイルを作り直します: %s", error.reason)
-                else:
-                    return False
-                self._commit(path, state, directory, set_aside=True)
-                return True
+                yield path, directory
 
     def _locate(self) -> str:
         """Return where the document really lies, so that a link stays a link when it is replaced.
@@ -583,7 +1034,7 @@ class JsonFileStore:
         Every call opens descriptors of its own, so threads and forked children exclude each other
         like strangers.
         """
-        # Imported here since a command that only reads has no use for it, and it is half its start.
+        # Imported here since a command that only reads has no use for it, and it is a large part of a start.
         from filelock import lock_descriptor, unlock_descriptor
 
         deadline_s = time.monotonic() + self.lock_timeout_s
@@ -596,8 +1047,8 @@ class JsonFileStore:
                 while not lock_descriptor(descriptor, blocking=False):
                     if time.monotonic() >= deadline_s:
                         raise LockTimeoutError(
-                            f"ロック取得タイムアウト\n  {lock_file} を {self.lock_timeout_s:g} 秒待ちましたが、"
-                            "別のプロセスが使用中です\n"
+                            f"ロック取得タイムアウト\n  {lock_file} と {directory} のロックを"
+                            f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
                             "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
                             " (ロックファイルの削除は不要です)",
                             lock_file=lock_file,
@@ -621,7 +1072,7 @@ class JsonFileStore:
             return os.open(lock_file, os.O_RDONLY | os.O_NONBLOCK)
         except FileNotFoundError:
             # Made elsewhere and moved in, so that a kill cannot leave one that the group cannot open.
-            temporary, descriptor = self._open_temporary(directory)
+            temporary, descriptor = _open_temporary(lock_file)
             try:
                 _share_with_group(descriptor, directory)
                 os.replace(temporary, lock_file)
@@ -630,15 +1081,10 @@ class JsonFileStore:
                 raise
             return descriptor
 
-    def _open_temporary(self, directory: str) -> tuple[str, int]:
-        """Make the one temporary file anew, sweeping what a killed writer may have left."""
-        temporary = os.path.join(directory, f".{os.path.basename(self.path)}.tmp")
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-
-    def _commit(self, path: str, state: State, directory: int, set_aside: bool = False) -> None:
+    def _commit(self, path: str, state: State, directory: int, aside: str | None = None) -> None:
         """Make ``state`` the document at ``path``, atomically and durably; both locks are held.
+
+        What it replaces is kept under the name ``aside``, if one is given.
 
         A failed ``fsync`` is final: the kernel may have dropped the very pages it could not write,
         and a second call would then succeed without them ("fsyncgate", PostgreSQL 2018).
@@ -650,7 +1096,7 @@ class JsonFileStore:
         except ValueError as error:
             reason = f"書き込めない内容です ({error})"
             raise self._error(StateFileError, reason, "ファイルは変更していません。内容を確認してください") from error
-        temporary, descriptor = self._open_temporary(os.path.dirname(path))
+        temporary, descriptor = _open_temporary(path)
         try:
             try:
                 _share_with_group(descriptor, os.path.dirname(path))
@@ -659,14 +1105,15 @@ class JsonFileStore:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if set_aside:
-                with suppress(FileNotFoundError):
-                    os.rename(path, _aside_name(path))
+            if aside:
+                _keep_aside(path, aside)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):  # the failure itself is what counts; the next change sweeps
                 os.unlink(temporary)
             raise
+        if aside:
+            logger.warning("使えない状態ファイルを %s に保存し、作り直しました", aside)
         try:
             os.fsync(directory)
         except OSError as error:
@@ -677,7 +1124,7 @@ class JsonFileStore:
             ) from error
 
     @contextmanager
-    def _failures_reported(self) -> Iterator[None]:
+    def failures_reported(self) -> Iterator[None]:
         """Turn an ``OSError`` of the work inside into a :class:`StateFileError` that says what to do."""
         try:
             yield
@@ -710,7 +1157,7 @@ _REMEDIES = {
     errno.ENOENT: _ASK_DIRECTORY,
     errno.ENOTDIR: _ASK_DIRECTORY,
     errno.ENOLCK: _ASK_LOCAL_DISK,
-    errno.EBADF: _ASK_LOCAL_DISK,  # what NFS answers to an exclusive lock on a directory
+    errno.EBADF: _ASK_LOCAL_DISK,  # an exclusive lock refused on what is open for reading only
 }
 
 
@@ -723,7 +1170,16 @@ def _open_directory(directory: str) -> int:
     return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _share_with_group(descriptor: int, directory: str) -> None:
+def _open_temporary(target: str) -> tuple[str, int]:
+    """Make the one temporary file for ``target`` anew, sweeping what a killed writer may have left."""
+    directory, name = os.path.split(target)
+    temporary = os.path.join(directory, f".{name.lstrip('.')}.tmp")
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _share_with_group(descriptor: int, directory: str, mode: int = 0o660) -> None:
     """Let the group of a directory that it may write use this new file too, whatever the umask.
 
     Others may then read exactly if they may list the directory. Elsewhere the umask holds.
@@ -736,7 +1192,18 @@ def _share_with_group(descriptor: int, directory: str) -> None:
             os.fchown(descriptor, -1, parent.st_gid)
         except PermissionError:
             return  # we are not in that group, so it is not ours to share with
-    os.fchmod(descriptor, 0o660 | (parent.st_mode & stat.S_IROTH))
+    # Others get what the directory gives them, but never the right to write.
+    os.fchmod(descriptor, mode | (parent.st_mode & (mode >> 3) & (stat.S_IROTH | stat.S_IXOTH)))
+
+
+def _keep_aside(path: str, aside: str) -> None:
+    try:
+        # A second name, so that a crash ahead of the replacement leaves the file in its place too.
+        os.link(path, aside, follow_symlinks=False)
+    except FileNotFoundError:  # it vanished: nothing is to be kept
+        pass
+    except OSError:  # a directory, or a file system without hard links
+        os.rename(path, aside)
 
 
 def _aside_name(path: str) -> str:
@@ -760,19 +1227,24 @@ def timestamp() -> str:
 class GPUResourceManagerV01:
     """First Fit allocation over the pool that one state file describes.
 
-    Safe to use from many processes and threads at once, and after ``fork``. It holds no lock and no
-    open file between two calls.
+    Safe to use from many processes and threads at once, and after ``fork``. Between two calls it
+    holds no lock and no open file.
 
     :param resource_file: the state file; by default the one that the environment variable
         ``GPU_RESOURCE_FILE`` names, else ``resource_status.json`` beside this module. It is made when
         there is none, and never overwritten.
-    :param lock_timeout_s: seconds to wait for the lock, at least 0.
+    :param lock_timeout_s: seconds to wait for the lock, 0-1e9, or ``math.inf``.
+    :param servers: name, GPUs (1-1024) and CPUs (1-65536) of each server of a pool that is made; by
+        default ``TOTAL_SERVERS`` made-up ones.
+    :param min_gpus: the least number of GPUs that a task of a pool that is made may ask for.
     :raises InvalidRequestError: a parameter is of no use.
+    :raises PoolConflictError: there is a pool already, and it is not as described.
     :raises LockTimeoutError, StateFileError: the missing state file could not be made.
     """
 
     RESOURCE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "resource_status.json")
     LOCK_FILE = ".resource.lock"  # in the directory of the state file
+    LEASE_DIRECTORY = ".leases"  # likewise
     TOTAL_SERVERS = 4
     GPUS_PER_SERVER = 8
     CPUS_PER_SERVER = 64
@@ -781,17 +1253,22 @@ class GPUResourceManagerV01:
         self,
         resource_file: str | os.PathLike[str] | None = None,
         lock_timeout_s: float = DEFAULT_LOCK_TIMEOUT_S,
+        *,
+        servers: Sequence[ServerDescription] | None = None,
+        min_gpus: int | None = None,
     ) -> None:
-        path = os.fspath(resource_file or os.environ.get(RESOURCE_FILE_VARIABLE) or self.RESOURCE_FILE)
-        if not isinstance(path, str) or "\0" in path:
+        path = os.environ.get(RESOURCE_FILE_VARIABLE) or self.RESOURCE_FILE if resource_file is None else resource_file
+        if isinstance(path, os.PathLike):
+            path = os.fspath(path)
+        if not isinstance(path, str) or not path or re.search("[\0\ud800-\udc7f\udd00-\udfff]", path):
             raise _invalid("resource_file", path, "がファイルのパスではありません", "パスを文字列で指定してください")
-        # ``not >=`` also catches NaN.
-        if type(lock_timeout_s) not in (int, float) or not lock_timeout_s >= 0:
-            raise _invalid("lock_timeout_s", lock_timeout_s, "が秒数ではありません", "0 以上の数を指定してください")
+        _check_seconds("lock_timeout_s", lock_timeout_s)
+        described = self._described(servers, min_gpus)
         self._store = JsonFileStore(path, self.LOCK_FILE, lock_timeout_s)
         self.resource_file = self._store.path
-        if not self._store.exists():
-            self._store.create(self._new_state())
+        self._store.create(described)
+        self._check_same_pool(servers, min_gpus)
+        self._leases = Leases(os.path.join(self._store.directory(), self.LEASE_DIRECTORY))
 
     def allocate_resources(
         self,
@@ -799,110 +1276,307 @@ class GPUResourceManagerV01:
         required_gpus: int,
         required_cpus: int,
         prefer_server_id: int | None = None,
+        *,
+        wait_s: float = 0,
+        on_wait: OnWait | None = None,
+        local: bool = False,
     ) -> Allocation | None:
         """Give the task GPUs and CPUs on one server, or return ``None``: no room now, try later.
 
-        Why there is no room is logged as a warning.
+        Why there is no room is logged as a warning. The task runs until it is released, whatever
+        becomes of this process.
 
-        :param task_id: unique among the running tasks; 1-128 characters, not blank, no control
-            character, no leading ``-``.
-        :param required_gpus: 2-8.
-        :param required_cpus: 1-64.
+        :param task_id: unique among the running and waiting tasks; 1-128 characters, not blank, no
+            control character, no leading ``-``.
+        :param required_gpus: 2-8 on the default pool; see :func:`limits`.
+        :param required_cpus: 1-64 on the default pool.
         :param prefer_server_id: tried first; First Fit when it has no room.
+        :param wait_s: seconds to stand in line for room, 0-1e9; ``math.inf`` for ever. The line is kept by
+            :func:`admit`, and a waiter that dies leaves it.
+        :param on_wait: called with the position in line, from 1, and why there is no room yet,
+            whenever one of them has changed.
+        :param local: only on the server that is this machine; see :func:`server_of_host`.
         :raises InvalidRequestError: a parameter is out of range or of the wrong type.
-        :raises DuplicateTaskError: a task with this identifier runs already.
+        :raises DuplicateTaskError: a task with this identifier runs or waits already.
         :raises LockTimeoutError, StateFileError: as :meth:`JsonFileStore.update`.
         """
-        _check_task_id(task_id)
-        _check_int("required_gpus", required_gpus, MIN_GPUS_PER_TASK, self.GPUS_PER_SERVER)
-        _check_int("required_cpus", required_cpus, MIN_CPUS_PER_TASK, self.CPUS_PER_SERVER)
-        if prefer_server_id is not None:
-            _check_int("prefer_server_id", prefer_server_id, 0, None)
-
-        def change(state: State) -> Allocation:
-            servers = state["servers"]
-            server_ids = [server["server_id"] for server in servers]
-            if prefer_server_id is not None and prefer_server_id not in server_ids:
-                remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
-                raise _invalid("prefer_server_id", prefer_server_id, "のサーバーはありません", remedy)
-            if not any(s["total_gpus"] >= required_gpus and s["total_cpus"] >= required_cpus for s in servers):
-                remedy = "--status で各サーバーの合計を確認し、その範囲で指定してください"
-                raise _invalid("required_gpus", required_gpus, "個を持てるサーバーがありません", remedy)
-            if find_task(state, task_id):
-                raise DuplicateTaskError(
-                    f"タスクID {task_id!r} は既に実行中です\n  対処: 別のタスクIDを使うか、先に解放してください",
-                    parameter="task_id",
-                    value=task_id,
-                )
-            server = first_fit(state, required_gpus, required_cpus, prefer_server_id)
-            if server is None:
-                raise _DeclinedError(shortfall(state, required_gpus, required_cpus))
-            return place(server, task_id, required_gpus, required_cpus, timestamp())
-
+        request = self._request(task_id, required_gpus, required_cpus, prefer_server_id, local, None)
+        _check_seconds("wait_s", wait_s)
         try:
-            allocation = self._store.update(change)
-        except _DeclinedError as refusal:
+            if not wait_s:
+                return self._obtain(request)
+            with self._lease(request):
+                return self._obtain(request, wait_s, on_wait, keep_lease=False)
+        except NoCapacityError as refusal:
             logger.warning("リソース不足: %s", refusal)
             return None
-        logger.info("リソース割り当て成功: %s", allocation)
-        return allocation
 
-    def release_resources(self, task_id: str) -> bool:
+    @contextmanager
+    def allocation(
+        self,
+        task_id: str,
+        required_gpus: int,
+        required_cpus: int,
+        prefer_server_id: int | None = None,
+        *,
+        wait_s: float = 0,
+        on_wait: OnWait | None = None,
+        command: str | None = None,
+    ) -> Iterator[Allocation]:
+        """Hold GPUs and CPUs of this machine while the block runs, and no longer than its processes live.
+
+        The task is bound to a lease: should this process be killed, the next change of anybody takes
+        back what it held, once every child that has inherited the lease is gone too. ``fork`` and
+        ``os.system`` hand it down; ``subprocess`` does with ``close_fds=False``.
+
+        Parameters and errors as :meth:`allocate_resources`, and:
+
+        :param command: recorded as information; by default the command line of this process.
+        :raises NoCapacityError: there is no room, or was none for ``wait_s`` seconds.
+        """
+        request = self._request(task_id, required_gpus, required_cpus, prefer_server_id, True, command)
+        _check_seconds("wait_s", wait_s)
+        with self._lease(request):
+            yield self._obtain(request, wait_s, on_wait)
+
+    def release_resources(self, task_id: str, force: bool = False) -> bool:
         """Take back what the task holds; ``True`` once that is on disk, ``False`` for an unknown task.
 
+        :param force: even if the task belongs to another user. A guard against mistakes, no security
+            boundary: who may write the file may do anything.
         :raises InvalidRequestError: ``task_id`` is none that a task can have.
+        :raises NotOwnerError: it belongs to another user.
         :raises LockTimeoutError, StateFileError: as :meth:`JsonFileStore.update`.
         """
         _check_task_id(task_id)
+        uid = os.getuid()
 
-        def change(state: State) -> None:
+        def change(state: State) -> tuple[bool, bool]:
             found = find_task(state, task_id)
             if found is None:
-                raise _DeclinedError
+                return False, False
+            owner = found[1].get("uid", uid)
+            if not force and uid not in (0, owner):
+                name = str(found[1].get("user", owner))
+                raise NotOwnerError(
+                    f"タスク {task_id!r} は {name} のものです\n"
+                    "  対処: 本人に確認し、それでも解放するなら --force を付けてください",
+                    task_id=task_id,
+                    owner=name,
+                )
             remove_task(*found)
+            admit(state, timestamp())
+            return True, True
 
-        try:
-            self._store.update(change)
-        except _DeclinedError:
+        released = self._change(change)
+        if released:
+            logger.info("リソース解放完了: %s", task_id)
+        else:
             logger.warning("タスクが見つかりません: %s", task_id)
-            return False
-        logger.info("リソース解放完了: %s", task_id)
-        return True
+        return released
 
     def get_resource_summary(self) -> Summary:
         """Return counts for the pool and each server, without waiting for a lock.
 
+        What a task holds whose processes are gone counts as free: the next change takes it back.
+
         :raises StateFileError: the state file cannot be read.
         """
-        return summarize(self._store.read())
+        state = self._store.read()
+        with self._store.failures_reported():
+            ended = reclaim(state, self._leases.is_ended)
+        summary = summarize(state)
+        if ended:
+            summary["ended_tasks"] = ended
+        return summary
 
     def get_detailed_status(self) -> State:
         """Return the document of the state file, without waiting for a lock.
 
+        A task whose processes are gone has one more key, ``"ended": True``.
+
         :raises StateFileError: the state file cannot be read.
         """
-        return self._store.read()
+        state = self._store.read()
+        with self._store.failures_reported():
+            for server in state["servers"]:
+                for task in server["running_tasks"]:
+                    if self._leases.is_ended(task):
+                        task["ended"] = True
+        return state
 
-    def reset_resources(self) -> bool:
+    def reset_resources(
+        self, servers: Sequence[ServerDescription] | None = None, min_gpus: int | None = None, force: bool = True
+    ) -> bool:
         """Forget every task and return ``True``.
 
-        Servers and unknown keys stay. A state file that cannot be used is set aside as
-        ``resource_status.json.corrupt-TIME`` and made anew.
+        Servers and unknown keys stay, unless other servers are described. A state file that cannot be
+        used is set aside as ``resource_status.json.corrupt-TIME`` and made anew.
 
+        :param servers: as for construction; also ``min_gpus``.
+        :param force: even if tasks run.
+        :raises InvalidRequestError: a description is of no use.
+        :raises PoolConflictError: tasks run, and not ``force``.
         :raises LockTimeoutError, StateFileError: as :meth:`JsonFileStore.update`.
         """
+        described = self._described(servers, min_gpus)
 
-        try:
-            self._store.update(remove_all_tasks)
-        except UnusableStateFileError:
-            # Between the two steps somebody else may have reset it, and tasks may run again.
-            if not self._store.replace_unusable(self._new_state()):
-                self._store.update(remove_all_tasks)
+        def change(state: State) -> tuple[bool, None]:
+            running = [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
+            if running and not force:
+                raise PoolConflictError(
+                    f"実行中のタスクがあります: {', '.join(running)}\n"
+                    "  対処: 終わるのを待つか、記録を消してよければ --reset --yes を指定してください"
+                )
+            remove_all_tasks(state)
+            if servers is not None:
+                state["servers"] = described["servers"]
+            if min_gpus is not None:
+                state["min_gpus_per_task"] = min_gpus
+            admit(state, timestamp())
+            return True, None
+
+        self._change(change, described)
         logger.info("すべてのリソースをリセットしました")
         return True
 
-    def _new_state(self) -> State:
-        return new_state(self.TOTAL_SERVERS, self.GPUS_PER_SERVER, self.CPUS_PER_SERVER)
+    def _described(self, servers: Sequence[ServerDescription] | None, min_gpus: int | None) -> State:
+        """Return an idle pool as described; without a description, the default one."""
+        state = new_state(self.TOTAL_SERVERS, self.GPUS_PER_SERVER, self.CPUS_PER_SERVER)
+        if servers is not None:
+            for name, gpus, cpus in servers:
+                problem = task_id_problem(name) if isinstance(name, str) else "が文字列ではありません"
+                if problem:
+                    raise _invalid("サーバー名", name, problem, "1-128 文字の名前を指定してください")
+                _check_int("サーバーの GPU 数", gpus, 1, MAX_GPUS_PER_SERVER)
+                _check_int("サーバーの CPU 数", cpus, 1, MAX_CPUS_PER_SERVER)
+            names = [name.casefold() for name, _, _ in servers]
+            if not names or len({*names}) < len(names):
+                raise _invalid("servers", servers, "が空か、同じ名前が重複しています", "異なる名前を指定してください")
+            state["servers"] = new_servers(servers)
+        if min_gpus is not None:
+            _check_int("min_gpus", min_gpus, 1, limits(state)[1])
+            state["min_gpus_per_task"] = min_gpus
+        return state
+
+    def _check_same_pool(self, servers: Sequence[ServerDescription] | None, min_gpus: int | None) -> None:
+        if servers is None and min_gpus is None:
+            return
+        state = self._store.read()
+        if servers not in (None, descriptions(state)) or min_gpus not in (None, limits(state)[0]):
+            raise PoolConflictError(
+                f"既存の状態ファイルの構成は指定と異なります: {self.resource_file}\n"
+                "  対処: 変えるなら、--init の代わりに --reset で同じ構成を指定してください"
+            )
+
+    def _request(
+        self, task_id: str, gpus: int, cpus: int, prefer_server_id: int | None, local: bool, command: str | None
+    ) -> Request:
+        """Check the parameters and return them as a request of this process."""
+        _check_task_id(task_id)
+        _check_int("required_gpus", gpus, 1, MAX_GPUS_PER_SERVER)
+        _check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
+        if prefer_server_id is not None:
+            _check_int("prefer_server_id", prefer_server_id, 0, None)
+        request: Request = {
+            "task_id": task_id,
+            "required_gpus": gpus,
+            "required_cpus": cpus,
+            "prefer_server_id": prefer_server_id,
+            "only_server_id": None,
+            "passed_over": 0,
+        }
+        request.update(this_requester(command))  # type: ignore[typeddict-item]
+        if local:
+            state = self._store.read()
+            server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE))
+            request["only_server_id"] = server["server_id"]
+            request["local"] = True
+        if not MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER or cpus > self.CPUS_PER_SERVER:
+            check_request(self._store.read(), request)  # no lock for what can never be granted
+        return request
+
+    @contextmanager
+    def _lease(self, request: Request) -> Iterator[None]:
+        """Bind ``request`` to a lease while the block runs, or for as long as a child holds it."""
+        if not os.path.isdir(self._leases.directory):
+            self._store.make_directory(self.LEASE_DIRECTORY)
+        with self._store.failures_reported():
+            request["lease"], descriptor = self._leases.make()
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+            # Takes back what the lease held, be it a task or a place in the line, unless a child still
+            # holds it. By the lease, not by the name, which a newer task may bear by now.
+            lease = request["lease"]
+            if not self._change(lambda state: (False, lease in [record.get("lease") for record in records(state)])):
+                with self._store.failures_reported():
+                    self._leases.delete(lease)
+
+    def _obtain(
+        self, request: Request, wait_s: float = 0, on_wait: OnWait | None = None, keep_lease: bool = True
+    ) -> Allocation:
+        """Ask for ``request``, standing in line if it has a lease, until it is placed or time is up.
+
+        :raises NoCapacityError: time is up.
+        """
+        deadline_s = time.monotonic() + wait_s
+        answer = self._change(lambda state: ask(state, request, timestamp(), wait_s > 0, keep_lease))
+        told: NoCapacityError | None = None
+        seen: object = None
+        looked_s, pause_s = time.monotonic(), WAIT_POLL_S[0]
+        while isinstance(answer, NoCapacityError) and time.monotonic() < deadline_s:
+            if on_wait and (told is None or str(told) != str(answer)):
+                told = answer
+                on_wait(answer.waiting + 1, str(answer))
+            time.sleep(max(0, min(pause_s, deadline_s - time.monotonic())))
+            stamp = self._store.stamp()
+            if stamp == seen and time.monotonic() - looked_s < WAIT_RECHECK_S:
+                pause_s = min(1.5 * pause_s, WAIT_POLL_S[1])
+                continue
+            if stamp != seen:
+                pause_s = WAIT_POLL_S[0]
+            seen, looked_s = stamp, time.monotonic()
+            # On a copy, without a lock: only who would be served goes on to change the file.
+            state = self._store.read()
+            with self._store.failures_reported():
+                self._serve(state)
+            _, answer = ask(state, request, timestamp(), True, keep_lease)
+            if not isinstance(answer, NoCapacityError):
+                answer = self._change(lambda state: ask(state, request, timestamp(), True, keep_lease))
+        if isinstance(answer, NoCapacityError) and wait_s:
+            answer = self._change(lambda state: ask(state, request, timestamp(), False, keep_lease))
+        if isinstance(answer, NoCapacityError):
+            raise answer
+        logger.info("リソース割り当て成功: %s", answer)
+        return answer
+
+    def _change(self, change: Callable[[State], tuple[bool, T]], instead_of_unusable: State | None = None) -> T:
+        """Apply ``change`` once what has ended is reclaimed and the line is served, as one step."""
+
+        def serve_and_change(state: State) -> tuple[bool, T]:
+            # Deleting what no document names has no effect that a second call could see.
+            self._leases.sweep([record.get("lease") for record in records(state)])
+            served = self._serve(state)
+            changed, result = change(state)
+            return changed or served, result
+
+        return self._store.update(serve_and_change, instead_of_unusable)
+
+    def _serve(self, state: State) -> bool:
+        ended = reclaim(state, self._leases.is_ended)
+        if ended:
+            logger.info("終了したタスクを回収しました: %s", ended)
+        return admit(state, timestamp()) or bool(ended)
+
+
+def _check_seconds(parameter: str, value: object) -> None:
+    # ``<=`` is also false for NaN; a clock counts in floats.
+    if not (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value <= 1e9 or value == math.inf)
+    ):
+        raise _invalid(parameter, value, "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください")
 
 
 def _check_task_id(task_id: object) -> None:

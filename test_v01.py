@@ -97,7 +97,8 @@ class TestGPUResourceManagerV01(unittest.TestCase):
         self.assertEqual((server["available_gpus"], server["available_cpus"]), ([4, 5, 6, 7], 32))
         (task,) = server["running_tasks"]
         self.assertRegex(task.pop("start_time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$")
-        self.assertEqual(task, {"task_id": "my_task_001", "allocated_gpus": [0, 1, 2, 3], "allocated_cpus": 32})
+        self.assertEqual((task["task_id"], task["allocated_gpus"]), ("my_task_001", [0, 1, 2, 3]))
+        self.assertEqual((task["allocated_cpus"], task["uid"]), (32, os.getuid()))
 
     def assert_refused(self, parameter: str, task_id: Any, gpus: Any, cpus: Any, prefer: Any = None) -> None:
         """The request raises, the error knows what was wrong, and the state file stays as it is."""
@@ -145,7 +146,7 @@ class TestGPUResourceManagerV01(unittest.TestCase):
         for gpus, cpus, short in ((5, 1, "GPU 1 個"), (4, 2, "CPU 1 個"), (8, 64, "GPU 4 個・CPU 63 個")):
             with self.assertLogs("gpu_resource_manager_v01", "WARNING") as logs:
                 self.assertIsNone(self.manager.allocate_resources("late", gpus, cpus))
-            self.assertIn(f"gpu-server-3: {short} 不足", logs.output[0])
+            self.assertIn(f"gpu-server-3: {short}不足", logs.output[0])
         self.assertEqual(self.stored(), before)
         self.assertEqual(self.allocate("fits", 4, 1), (0, [4, 5, 6, 7]))
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import pwd
 import re
 import shlex
 import shutil
@@ -15,71 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from conftest import BOTH_FILES, GUARD_S, PROJECT, names, running
 from filelock import FileLock
+from screens import CLI, Result, cli, finish, start
 from wcwidth import wcswidth
 
 from gpu_resource_manager_v01 import GPUResourceManagerV01
-
-CLI = PROJECT / "cli_v01.py"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def start(
-    *args: str | bytes,
-    env: Mapping[str, str] | None = None,
-    redirect: str = "",
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.PIPE,
-    cwd: Path | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start the interpreter with ``args``; ``redirect`` is what a user types after the command."""
-    # Of the developer's settings none that change what is printed, how it is buffered or imported.
-    personal = ("PYTHON", "LC_", "LANG", "COLUMNS", "FORCE_COLOR")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(personal)}
-    command: list[str | bytes] = [sys.executable, *args]
-    if redirect:
-        command = ["bash", "-o", "pipefail", "-c", f'exec "$@" {redirect}', "bash", *command]
-    return subprocess.Popen(
-        command,
-        env={**clean, "LANG": "C.UTF-8", **(env or {})},
-        stdin=stdin,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        cwd=cwd,
-    )
-
-
-def finish(process: subprocess.Popen[bytes], encoding: str = "utf-8") -> Result:
-    """Wait for the end; whatever happened, the interpreter itself must never have complained."""
-    with process:
-        try:
-            out, err = process.communicate(timeout=GUARD_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    result = Result(process.returncode, (out or b"").decode(encoding), err.decode(encoding))
-    for complaint in ("Traceback", "Exception ignored", "Fatal Python error"):
-        assert complaint not in result.err, result.err
-    return result
-
-
-def cli(
-    *args: str | bytes,
-    encoding: str = "utf-8",
-    env: Mapping[str, str] | None = None,
-    redirect: str = "",
-    cwd: Path | None = None,
-) -> Result:
-    return finish(start(str(CLI), *args, env=env, redirect=redirect, cwd=cwd), encoding)
 
 
 def assert_refused(result: Result, code: int) -> None:
@@ -91,7 +35,8 @@ def assert_refused(result: Result, code: int) -> None:
 
 
 def without_times(text: str) -> str:
-    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d$", "TIME", text, flags=re.MULTILINE)
+    text = re.sub(r"要求元: .+@.+ \(PID \d+\)$", "要求元: WHO", text, flags=re.MULTILINE)
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", "TIME", text)
 
 
 @pytest.fixture
@@ -170,6 +115,7 @@ gpu-server-0 (ID: 0)
       GPU ID: [0, 1, 2, 3]
       CPU数: 32
       開始時刻: TIME
+      要求元: WHO
 
 gpu-server-1 (ID: 1)
   利用可能GPU: [0, 1, 2, 3, 4, 5, 6, 7] (8/8)
@@ -321,13 +267,19 @@ def test_no_room_says_what_is_short_on_each_server(pool: Path) -> None:
     result = cli("--allocate", "late", "2", "5")
     assert result.code == 1
     assert result.out == "リソース割り当てを試行中:\n  タスクID: late\n  GPU数: 2\n  CPU数: 5\n\n"
-    assert result.err == (
-        "✗ リソース不足: GPU 2 個と CPU 5 個を同時に空けられるサーバーがありません\n"
-        "  gpu-server-0: GPU 2 個・CPU 1 個 不足\n"
-        "  gpu-server-1: GPU 2 個・CPU 1 個 不足\n"
-        "  gpu-server-2: GPU 2 個・CPU 1 個 不足\n"
-        "  gpu-server-3: GPU 2 個・CPU 1 個 不足\n"
-        "  対処: 空きが出てから再実行してください (使用中のタスクは --detail で確認できます)\n"
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert without_times(result.err) == (
+        "✗ リソース不足: GPU 2 個と CPU 5 個を同時に確保できるサーバーがありません\n"
+        "  gpu-server-0: GPU 2 個・CPU 1 個不足\n"
+        f"    big-0: GPU 8 個・CPU 60 個 (TIME から, {user})\n"
+        "  gpu-server-1: GPU 2 個・CPU 1 個不足\n"
+        f"    big-1: GPU 8 個・CPU 60 個 (TIME から, {user})\n"
+        "  gpu-server-2: GPU 2 個・CPU 1 個不足\n"
+        f"    big-2: GPU 8 個・CPU 60 個 (TIME から, {user})\n"
+        "  gpu-server-3: GPU 2 個・CPU 1 個不足\n"
+        f"    big-3: GPU 8 個・CPU 60 個 (TIME から, {user})\n"
+        "  次の 1 件が解放されれば足ります: big-0\n"
+        "  対処: 空きが出てから再実行するか、--wait で待ってください\n"
     )
     assert pool.read_bytes() == before
 
@@ -338,11 +290,11 @@ def test_no_room_says_when_the_free_gpus_are_merely_scattered(pool: Path) -> Non
         manager.allocate_resources(f"most-{server}", 6, 1)
     result = cli("--allocate", "late", "4", "32")
     assert_refused(result, 1)
-    assert result.err.splitlines()[1:6] == [
-        "  gpu-server-0: GPU 2 個 不足",
-        "  gpu-server-1: GPU 2 個 不足",
-        "  gpu-server-2: GPU 2 個 不足",
-        "  gpu-server-3: GPU 2 個 不足",
+    assert [line for line in result.err.splitlines() if line[:3] != "   "][1:6] == [
+        "  gpu-server-0: GPU 2 個不足",
+        "  gpu-server-1: GPU 2 個不足",
+        "  gpu-server-2: GPU 2 個不足",
+        "  gpu-server-3: GPU 2 個不足",
         "  空きの合計 (GPU 8 個・CPU 252 個) は足りますが、複数のサーバーに分散しています",
     ]
 
@@ -484,7 +436,7 @@ def test_reset_sets_a_damaged_state_file_aside_and_says_so(busy: Path) -> None:
     busy.write_bytes(b"{")
     result = cli("--reset", "--yes")
     assert (result.code, result.out) == (0, RESET)
-    assert result.err.startswith("✗ 状態ファイルを作り直します: ")
+    assert result.err.startswith("注意: 使えない状態ファイルを ")
     (aside,) = busy.parent.glob("resource_status.json.corrupt-*")
     assert aside.read_bytes() == b"{"
     assert cli("--status").out == STATUS_IDLE
@@ -609,7 +561,11 @@ def test_reset_on_a_terminal_stops_after_anything_else(typed: bytes, busy: Path)
     before = busy.read_bytes()
     # This setting makes the reading of stdin strict, as it is under most locales.
     with reset_on_terminal(typed, env={"PYTHONIOENCODING": "utf-8"}) as process:
-        assert finish(process) == (1, "", f"{QUESTION}✗ リセットを中止しました\n")
+        assert finish(process) == (
+            1,
+            "",
+            f"{QUESTION}✗ リセットを中止しました\n  対処: 消してよければ y と答えてください\n",
+        )
     assert busy.read_bytes() == before
 
 

@@ -17,6 +17,7 @@ from gpu_resource_manager_v01 import (
     DuplicateTaskError,
     InvalidRequestError,
     LockTimeoutError,
+    Request,
     ResourceManagerError,
     Server,
     State,
@@ -334,11 +335,23 @@ def test_shortfall_says_what_is_short_and_whether_it_is_scattered(
     state = new_state(2)
     place(state["servers"][0], "a", 4, 48, WHEN)
     place(state["servers"][1], "b", 6, 56, WHEN)
-    lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に空けられるサーバーがありません"]
-    lines += [f"  gpu-server-{server_id}: {short} 不足" for server_id, short in enumerate(servers)]
+    lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に確保できるサーバーがありません"]
+    for server_id, (short, holder) in enumerate(
+        zip(servers, ("a: GPU 4 個・CPU 48 個", "b: GPU 6 個・CPU 56 個"), strict=True)
+    ):
+        lines += [f"  gpu-server-{server_id}: {short}不足", f"    {holder} ({WHEN} から)"]
     if scattered:
         lines.append(f"  空きの合計 ({scattered}) は足りますが、複数のサーバーに分散しています")
-    assert shortfall(state, gpus, cpus).split("\n") == lines
+    request: Request = {
+        "task_id": "late",
+        "required_gpus": gpus,
+        "required_cpus": cpus,
+        "prefer_server_id": None,
+        "only_server_id": None,
+        "passed_over": 0,
+    }
+    lines.append("  次の 1 件が解放されれば足ります: a")
+    assert str(shortfall(state, request)).split("\n") == lines
 
 
 def test_summary_counts_the_pool_and_every_server() -> None:

@@ -86,14 +86,18 @@ def test_commands_of_the_page_work_from_top_to_bottom_and_show_what_it_shows(che
     assert os.listdir(shared), "the pool for several users was used"
 
 
-def test_python_example_uses_the_pool_and_returns_what_it_took(checkout: Path) -> None:
-    [example] = [block.text for block in BLOCKS if block.language == "python"]
+def test_python_examples_use_the_pool_and_return_what_they_took(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_RESOURCE_SERVER", "gpu-server-0")
     elsewhere = checkout.parent / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "train.py").write_text(example, "utf-8")
-    assert bash(f"PYTHONPATH={checkout} python train.py", elsewhere) == "gpu-server-0 の GPU [0, 1, 2, 3] を使います\n"
-    document = decode_state((checkout / "resource_status.json").read_bytes())
-    assert [server["running_tasks"] for server in document["servers"]] == [[]] * 4
+    for example in [block.text for block in BLOCKS if block.language == "python"]:
+        (elsewhere / "train.py").write_text(example, "utf-8")
+        said = bash(f"PYTHONPATH={checkout} python train.py", elsewhere)
+        assert said == "gpu-server-0 の GPU [0, 1, 2, 3] を使います\n"
+        document = decode_state((checkout / "resource_status.json").read_bytes())
+        assert [server["running_tasks"] for server in document["servers"]] == [[]] * 4
 
 
 def test_exactly_two_commands_set_up_a_fresh_machine(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +117,9 @@ def test_sample_of_the_state_file_is_a_valid_one() -> None:
 def test_commands_within_the_text_are_commands() -> None:
     found = re.findall(r"`[^`\n]*cli_v01\.py (--[^`\n]*)`", README)
     assert found
-    for words in found:
-        assert parse(build_parser(), shlex.split(words)).command
+    for line in [line.replace("TASK_ID", "task") for line in found]:
+        words, _, job = line.partition(" -- ")
+        assert parse(build_parser(), shlex.split(words), shlex.split(job) or None)
 
 
 def test_page_names_every_option_and_exit_code() -> None:
@@ -122,6 +127,13 @@ def test_page_names_every_option_and_exit_code() -> None:
     options = [action.option_strings[-1] for action in parser._actions if action.dest not in ("help", "version")]
     assert [option for option in options if option not in README] == []
     assert re.findall(r"(?:: |/ )(\d+)", str(parser.epilog)) == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
+
+
+def test_page_names_every_code_of_the_json_output() -> None:
+    source = (PROJECT / "cli_v01.py").read_text("utf-8")
+    codes = set(re.findall(r'(?:EXIT_\w+,|return EXIT_IO,|else EXIT_AGAIN,)\s+"([a-z_]+)"', source))
+    assert len(codes) >= 12
+    assert [code for code in codes if f"`{code}`" not in README] == []
 
 
 def test_readme_md_is_the_same_page() -> None:

@@ -215,6 +215,27 @@ def test_no_failing_call_makes_a_reset_lose_a_good_file(pool: Path) -> None:
             assert names(pool) == BOTH_FILES
 
 
+def test_no_failing_call_in_a_reset_loses_a_damaged_file(pool: Path) -> None:
+    damaged = b"not JSON"
+
+    def reset() -> None:
+        for name in names(pool):
+            (pool.parent / name).unlink()
+        pool.write_bytes(damaged)
+        GPUResourceManagerV01(pool).reset_resources()
+
+    for number in range(len(recorded(reset))):
+        for name in names(pool):
+            (pool.parent / name).unlink()
+        pool.write_bytes(damaged)
+        with failing(number, errno.EIO), contextlib.suppress(StateFileError):
+            GPUResourceManagerV01(pool).reset_resources()
+        kept = [path.read_bytes() for path in pool.parent.iterdir() if ".corrupt-" in path.name]
+        assert pool.read_bytes() == damaged or kept == [damaged]
+        GPUResourceManagerV01(pool).reset_resources()
+        assert running(pool) == []
+
+
 def test_failed_fsync_of_the_file_is_not_tried_again(pool: Path) -> None:
     manager = GPUResourceManagerV01(pool)
     before = pool.read_bytes()
@@ -298,6 +319,29 @@ def test_kill_ahead_of_any_call_leaves_the_old_document_or_the_new_one(pool: Pat
         assert GPUResourceManagerV01(pool, lock_timeout_s=0).allocate_resources("next", 2, 1)
         assert names(pool) == BOTH_FILES
     assert seen == {("old",), (), ("new",)}
+
+
+def test_kill_ahead_of_any_call_in_a_reset_leaves_the_damaged_file_or_the_new_one(
+    pool: Path, children: Children
+) -> None:
+    damaged = b"not JSON"
+    GPUResourceManagerV01(pool)
+    pool.write_bytes(damaged)
+    for number in range(len(recorded(GPUResourceManagerV01(pool).reset_resources))):
+        for name in names(pool):
+            (pool.parent / name).unlink()
+        GPUResourceManagerV01(pool)
+        pool.write_bytes(damaged)
+
+        def killed(number: int = number) -> None:
+            with intercepted(at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                GPUResourceManagerV01(pool).reset_resources()
+
+        children.run(killed)
+        assert pool.exists()
+        if pool.read_bytes() != damaged:
+            assert running(pool) == []
+            assert [path.read_bytes() for path in pool.parent.iterdir() if ".corrupt-" in path.name] == [damaged]
 
 
 def test_kill_ahead_of_any_call_while_the_files_are_made_leaves_nothing_in_the_way(
@@ -624,7 +668,7 @@ def test_two_users_of_one_group_share_a_pool(lab: Path, mode: int, umask: int, c
         manager = GPUResourceManagerV01(pool)
         assert manager.allocate_resources(f"task-of-{uid}", 2, 1)
         if uid == BOB:
-            assert manager.release_resources(f"task-of-{ALICE}")
+            assert manager.release_resources(f"task-of-{ALICE}", force=True)
 
     for uid in (ALICE, BOB, ALICE):
         assert children.run(lambda uid=uid: work(uid)) == 0  # type: ignore[misc]
@@ -666,7 +710,7 @@ def test_reader_outside_the_group_can_look_but_changes_nothing(lab: Path, childr
         manager = GPUResourceManagerV01(pool)
         assert manager.get_resource_summary()["total_running_tasks"] == 1
         with pytest.raises(StateFileError, match="権限"):
-            manager.release_resources("task")
+            manager.release_resources("task", force=True)
         with pytest.raises(StateFileError, match="権限"):
             manager.reset_resources()
 
