@@ -120,6 +120,7 @@ def render_detail(state: State) -> str:
         lines.append(
             f"待機中 {position}: {request['task_id']}"
             f" (GPU {request['required_gpus']}, CPU {request['required_cpus']}, {request.get('user')})"
+            + (" (終了済み)" if request.get("ended") is True else "")
         )
     return "\n".join([*lines, f"最終更新: {state['last_updated']}"])
 

@@ -550,12 +550,10 @@ def _requester_of(request: Request) -> Requester:
 
 def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     """Take back what ended tasks hold, strike ended requests from the line; return their identifiers."""
-    ended = [(server, task) for server in state["servers"] for task in server["running_tasks"] if is_ended(task)]
-    for server, task in ended:
-        remove_task(server, task)
-    gone = [request for request in state.get("waiting", []) if is_ended(request)]
-    set_waiting(state, [request for request in state.get("waiting", []) if request not in gone])
-    return [task["task_id"] for _, task in ended] + [request["task_id"] for request in gone]
+    ended = [record["task_id"] for record in records(state) if is_ended(record)]
+    for task_id in ended:
+        strike(state, task_id)
+    return ended
 
 
 def records(state: State) -> list[Task | Request]:
@@ -683,6 +681,14 @@ def remove_task(server: Server, task: Task) -> None:
     server["available_cpus"] += task["allocated_cpus"]
 
 
+def strike(state: State, task_id: str) -> None:
+    """Let no task and no request of the line bear ``task_id`` any more."""
+    found = find_task(state, task_id)
+    if found:
+        remove_task(*found)
+    set_waiting(state, [request for request in state.get("waiting", []) if request["task_id"] != task_id])
+
+
 def remove_all_tasks(state: State) -> None:
     """Make every server idle; servers and unknown keys stay."""
     for server in state["servers"]:
@@ -720,11 +726,11 @@ def shortfall(state: State, request: Request) -> NoCapacityError:
     usable = [server for server in state["servers"] if server["server_id"] in eligible]
     free_gpus = sum(len(server["available_gpus"]) for server in usable)
     free_cpus = sum(server["available_cpus"] for server in usable)
-    if free_gpus >= gpus and free_cpus >= cpus:
+    if free_gpus >= gpus and free_cpus >= cpus and fewest:
         lines.append(
             f"  空きの合計 (GPU {free_gpus} 個・CPU {free_cpus} 個) は足りますが、複数のサーバーに分散しています"
         )
-    helpful = [task["task_id"] for task in fewest or []]
+    helpful = [task["task_id"] for task in fewest or []]  # none where there is room, kept for others
     if helpful:
         lines.append(f"  次の {len(helpful)} 件が解放されれば足ります: {', '.join(helpful)}")
     if ahead:
@@ -855,6 +861,7 @@ class Leases:
 
 
 def host_name() -> str:
+    """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
 
 
@@ -1342,6 +1349,8 @@ class GPUResourceManagerV01:
     def release_resources(self, task_id: str, force: bool = False) -> bool:
         """Take back what the task holds; ``True`` once that is on disk, ``False`` for an unknown task.
 
+        A request that waits is struck from the line.
+
         :param force: even if the task belongs to another user. A guard against mistakes, no security
             boundary: who may write the file may do anything.
         :raises InvalidRequestError: ``task_id`` is none that a task can have.
@@ -1352,19 +1361,19 @@ class GPUResourceManagerV01:
         uid = os.getuid()
 
         def change(state: State) -> tuple[bool, bool]:
-            found = find_task(state, task_id)
-            if found is None:
+            found = [record for record in records(state) if record["task_id"] == task_id]
+            if not found:
                 return False, False
-            owner = found[1].get("uid", uid)
-            if not force and uid not in (0, owner):
-                name = str(found[1].get("user", owner))
+            owner = found[0].get("uid")
+            if not force and isinstance(owner, int) and uid not in (0, owner):
+                name = str(found[0].get("user", owner))
                 raise NotOwnerError(
                     f"タスク {task_id!r} は {name} のものです\n"
                     "  対処: 本人に確認し、それでも解放するなら --force を付けてください",
                     task_id=task_id,
                     owner=name,
                 )
-            remove_task(*found)
+            strike(state, task_id)
             admit(state, timestamp())
             return True, True
 
@@ -1393,16 +1402,15 @@ class GPUResourceManagerV01:
     def get_detailed_status(self) -> State:
         """Return the document of the state file, without waiting for a lock.
 
-        A task whose processes are gone has one more key, ``"ended": True``.
+        A task or waiting request whose processes are gone has one more key, ``"ended": True``.
 
         :raises StateFileError: the state file cannot be read.
         """
         state = self._store.read()
         with self._store.failures_reported():
-            for server in state["servers"]:
-                for task in server["running_tasks"]:
-                    if self._leases.is_ended(task):
-                        task["ended"] = True
+            for record in records(state):
+                if self._leases.is_ended(record):
+                    record["ended"] = True
         return state
 
     def reset_resources(
@@ -1540,6 +1548,8 @@ class GPUResourceManagerV01:
             seen, looked_s = stamp, time.monotonic()
             # On a copy, without a lock: only who would be served goes on to change the file.
             state = self._store.read()
+            if all(record.get("lease") != request["lease"] for record in records(state)):
+                raise NoCapacityError(f"タスク {request['task_id']!r} の待機は取り消されました", **vars(answer))
             with self._store.failures_reported():
                 self._serve(state)
             _, answer = ask(state, request, timestamp(), True, keep_lease)

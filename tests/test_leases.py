@@ -422,6 +422,44 @@ def test_killed_waiters_block_nobody(pool: Path, children: Children) -> None:
     assert leases(pool) == []
 
 
+def test_released_waiter_leaves_the_line_and_ends(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    assert manager.allocate_resources("all", 8, 1, local=True)
+    joined, said = os.pipe()
+
+    def waiter() -> None:
+        with pytest.raises(NoCapacityError, match="取り消されました"):
+            with GPUResourceManagerV01(pool).allocation(
+                "w", 8, 1, wait_s=GUARD_S, on_wait=lambda *news: (os.write(said, b"x"), None)[1]
+            ):
+                pass
+
+    pid = children.start(waiter)
+    os.read(joined, 1)
+    assert manager.release_resources("w")
+    assert children.wait(pid) == 0
+    assert "waiting" not in manager.get_detailed_status()
+    assert running(pool) == ["all"]
+
+
+def test_dead_waiter_whose_lease_was_deleted_can_be_released(pool: Path, children: Children) -> None:
+    manager = GPUResourceManagerV01(pool)
+    assert manager.allocate_resources("all", 8, 1, local=True)
+    joined, said = os.pipe()
+    pid = children.start(
+        lambda: GPUResourceManagerV01(pool).allocate_resources(
+            "w", 8, 1, local=True, wait_s=GUARD_S, on_wait=lambda *news: (os.write(said, b"x"), None)[1]
+        )
+    )
+    os.read(joined, 1)
+    shutil.rmtree(pool.parent / ".leases")
+    os.kill(pid, signal.SIGKILL)
+    children.wait(pid)
+    assert "待機中 1: w" in cli("--detail").out
+    assert cli("--release", "w").code == 0
+    assert "waiting" not in manager.get_detailed_status()
+
+
 def test_waiter_that_gives_up_leaves_the_line(pool: Path) -> None:
     manager = GPUResourceManagerV01(pool)
     told: list[tuple[int, str]] = []
