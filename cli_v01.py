@@ -186,7 +186,11 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
             pid = os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
         except OSError as error:
             show_error(f"✗ コマンドを実行できません: {job[0]}: {error.strerror}")
-            return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
+            from shutil import which
+
+            # A directory of PATH that we may not search makes the search end with EACCES as well.
+            missing = "/" not in job[0] and which(job[0], os.F_OK) is None
+            return EXIT_NOT_FOUND if missing or isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
         while True:
             received = signal.sigwaitinfo(watched)
             if received.si_signo != signal.SIGCHLD:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pty
-import pwd
 import re
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from filelock import FileLock
 from screens import CLI, Result, cli, finish, start
 from wcwidth import wcswidth
 
-from gpu_resource_manager_v01 import GPUResourceManagerV01
+from gpu_resource_manager_v01 import GPUResourceManagerV01, this_requester
 
 
 def assert_refused(result: Result, code: int) -> None:
@@ -267,7 +266,7 @@ def test_no_room_says_what_is_short_on_each_server(pool: Path) -> None:
     result = cli("--allocate", "late", "2", "5")
     assert result.code == 1
     assert result.out == "リソース割り当てを試行中:\n  タスクID: late\n  GPU数: 2\n  CPU数: 5\n\n"
-    user = pwd.getpwuid(os.getuid()).pw_name
+    user = this_requester()["user"]
     assert without_times(result.err) == (
         "✗ リソース不足: GPU 2 個と CPU 5 個を同時に確保できるサーバーがありません\n"
         "  gpu-server-0: GPU 2 個・CPU 1 個不足\n"
