@@ -12,6 +12,7 @@ Reads from the ground up: rendering (dict in, text out), running a job, commands
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -47,6 +48,10 @@ class Answer(NamedTuple):
     text: str
     #: for programs, with ``--json``
     result: Mapping[str, object]
+
+
+class Stopped(KeyboardInterrupt):
+    """We are to end because of a signal; ends like a Ctrl-C, with another exit code."""
 
 
 class Refusal(Exception):  # noqa: N818 - a "no" is an answer too
@@ -114,12 +119,12 @@ def render_detail(state: State) -> str:
                 f"      開始時刻: {task['start_time']}",
             ]
             if "user" in task:
-                lines.append(f"      要求元: {task['user']}@{task.get('host')} (PID {task.get('pid')})")
+                lines.append(one_line(f"      要求元: {task['user']}@{task.get('host')} (PID {task.get('pid')})"))
         lines.append("")
     for position, request in enumerate(state.get("waiting", []), start=1):
         lines.append(
             f"待機中 {position}: {request['task_id']}"
-            f" (GPU {request['required_gpus']}, CPU {request['required_cpus']}, {request.get('user')})"
+            + one_line(f" (GPU {request['required_gpus']}, CPU {request['required_cpus']}, {request.get('user')})")
             + (" (終了済み)" if request.get("ended") is True else "")
         )
     return "\n".join([*lines, f"最終更新: {state['last_updated']}"])
@@ -135,6 +140,10 @@ def render_allocation(allocation: Allocation) -> str:
         f"使用ヒント:\n  export CUDA_VISIBLE_DEVICES={devices}\n\n"
         f"リソース解放:\n  python cli_v01.py --release {quote(allocation['task_id'])}"
     )
+
+
+def one_line(text: str) -> str:
+    return text.replace("\n", "?")
 
 
 def job_environment(allocation: Allocation) -> dict[str, str]:
@@ -177,31 +186,40 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
     shell handles both of us as one. So what the terminal sends is not forwarded, but what ``kill`` sends
     to us is.
     """
+    from shutil import which
+
     watched = _FORWARDED | {signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of the end
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
         # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
         restored = [signal.SIGPIPE, signal.SIGXFSZ]
         try:
-            pid = os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
+            try:
+                pid = os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
+            except OSError as error:
+                script = which(job[0])
+                if error.errno != errno.ENOEXEC or script is None:
+                    raise
+                # A script without "#!", which every shell runs.
+                pid = os.posix_spawn(
+                    "/bin/sh", ["sh", script, *job[1:]], environment, setsigmask=mask, setsigdef=restored
+                )
         except OSError as error:
             show_error(f"✗ コマンドを実行できません: {job[0]}: {error.strerror}")
-            from shutil import which
-
             # A directory of PATH that we may not search makes the search end with EACCES as well.
             missing = "/" not in job[0] and which(job[0], os.F_OK) is None
             return EXIT_NOT_FOUND if missing or isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
         while True:
             received = signal.sigwaitinfo(watched)
             if received.si_signo != signal.SIGCHLD:
-                if received.si_code != _SI_KERNEL:
+                # A terminal that goes away tells only the leader of its session.
+                ours_alone = received.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+                if received.si_code != _SI_KERNEL or ours_alone:
                     os.kill(pid, received.si_signo)
                 continue
-            changed, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
-            if changed and os.WIFSTOPPED(status):
-                os.kill(os.getpid(), signal.SIGSTOP)  # for the shell to see; it wakes us with SIGCONT
-                os.kill(pid, signal.SIGCONT)
-            elif changed:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
     finally:
@@ -289,11 +307,11 @@ def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
         with manager.allocation(task_id, gpus, cpus, wait_s=args.wait or 0, on_wait=line, command=command) as granted:
             line.end(f"✓ {granted['server_name']} の GPU {granted['gpu_devices']} で実行します: {task_id}")
             code = run_job(args.job, {**os.environ, **job_environment(granted)})
-    except ResourceManagerError as error:
+    except (ResourceManagerError, KeyboardInterrupt) as error:
         if code is None:
             raise
         # The job's exit code stands; what it held is taken back by the next change of anybody.
-        show_error(f"✗ {error}")
+        show_error(f"✗ 解放を記録できませんでした: {error}\n  対処: 次のコマンドが自動で回収します")
     return Answer(code, "", {**granted, "exit_code": code})
 
 
@@ -390,7 +408,9 @@ def build_parser() -> Parser:
         epilog="終了コード: 0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 / "
         "125 --run の失敗 / 126 実行不可 / 127 コマンドなし / 130 中断",
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action="store_true", help="この使い方を表示する")
     commands = parser.add_mutually_exclusive_group()
 
     def add_command(option: str, command: Callable[..., Answer], text: str) -> None:
@@ -451,6 +471,9 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
             parser.error(f"制御文字を含む引数は使えません: {word!r}")
     args = parser.parse_args(words)
     args.job = job
+    if args.help and not args.export:
+        args.command = None
+        return args
     for option, values in (("--allocate", args.allocate), ("--run", args.run), ("--release", args.release)):
         if values and len(values) > 1:  # argparse would forget all but the last
             parser.error(f"{option} は一度だけ指定してください")
@@ -540,7 +563,7 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
     """
     parser = build_parser()
     args = parse(parser, words, job)
-    if args.command is None and not args.version:
+    if (args.command is None and not args.version) or args.help:
         return Answer(EXIT_OK, parser.format_help().rstrip(), {"help": parser.format_help()})
     if args.version:
         return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
@@ -589,9 +612,9 @@ def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
         return code, as_json({"ok": True, "result": result}) if "--json" in words else text
     except Refusal as refusal:
         refused = refusal
-    except KeyboardInterrupt:
-        remedy = "--detail で現在の状態を確認できます"
-        refused = Refusal(EXIT_INTERRUPTED, "interrupted", f"中断しました\n  対処: {remedy}")
+    except KeyboardInterrupt as stop:
+        code = int(stop.args[0]) if isinstance(stop, Stopped) else EXIT_INTERRUPTED
+        refused = Refusal(code, "interrupted", "中断しました\n  対処: --detail で現在の状態を確認できます")
     code = refused.code
     if "--run" in words and code in (EXIT_NO, EXIT_USAGE, EXIT_IO):
         code = EXIT_OURS
@@ -613,14 +636,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, job = words[: words.index("--")], words[words.index("--") + 1 :]
     code = EXIT_IO  # until the command has done its work
     try:
-        try:
-            code, text = answer(words, job)
-        except SystemExit as request:  # argparse after --help
-            code, text = int(request.code or 0), ""
+        code, text = answer(words, job)
         if text:
             show(text)
-        elif sys.stdout is not None:
-            sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             remedy = "出力先を直し、--detail で現在の状態を確かめてください"
@@ -639,5 +657,12 @@ def as_json(document: Mapping[str, object]) -> str:
     return json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False, default=str)
 
 
+def stop_like_ctrl_c(number: int, frame: object) -> NoReturn:
+    raise Stopped(128 + number)
+
+
 if __name__ == "__main__":
+    for terminating in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(terminating) is signal.SIG_DFL:  # else somebody, such as nohup, ignores it for us
+            signal.signal(terminating, stop_like_ctrl_c)
     sys.exit(main())

@@ -191,8 +191,8 @@ class Request(Requester):
     required_gpus: int
     required_cpus: int
     prefer_server_id: int | None
-    #: the one server that will do, or ``None``
-    only_server_id: int | None
+    #: the one server that will do, or ``None``; by name, for a reset may number other servers
+    only_server_name: str | None
     #: how many later requests were placed on a server that would have done for this one
     passed_over: int
 
@@ -342,9 +342,9 @@ def check_state(document: Any) -> None:
         where = f"waiting[{position}]"
         _check_record(request, _REQUEST_KEYS, where)
         _check_task_id_once(request["task_id"], task_ids, where)
-        for key in ("prefer_server_id", "only_server_id"):
-            if type(request.get(key)) not in (int, type(None)):
-                raise ValueError(f"{where}: {key} の型が int ではありません")
+        for key, kind in (("prefer_server_id", int), ("only_server_name", str)):
+            if type(request.get(key)) not in (kind, type(None)):
+                raise ValueError(f"{where}: {key} の型が {kind.__name__} ではありません")
 
 
 def _check_task_id_once(task_id: str, seen: set[str], where: str) -> None:
@@ -494,7 +494,7 @@ def eligible_server_ids(state: State, request: Request) -> set[int]:
         for server in state["servers"]
         if server["total_gpus"] >= request["required_gpus"]
         and server["total_cpus"] >= request["required_cpus"]
-        and request.get("only_server_id") in (None, server["server_id"])
+        and request.get("only_server_name") in (None, server["server_name"])
     }
 
 
@@ -542,7 +542,7 @@ def set_waiting(state: State, waiting: list[Request]) -> None:
 
 def _requester_of(request: Request) -> Requester:
     """Return all of the request but what is asked: who asked it, and keys that we do not know."""
-    asked = {*_REQUEST_KEYS, "prefer_server_id", "only_server_id"} - {"lease"}
+    asked = {*_REQUEST_KEYS, "prefer_server_id", "only_server_name"} - {"lease"}
     requester: Any = {key: value for key, value in request.items() if key not in asked}
     found: Requester = requester
     return found
@@ -574,6 +574,18 @@ def check_request(state: State, request: Request) -> None:
         amounts = (request["required_gpus"], request["required_cpus"])
         remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
         raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
+    if request.get("local"):
+        # Here, under the lock: two that ask at once must not take one machine for two servers.
+        local: list[tuple[str, Requester]] = [
+            (server["server_name"], task) for server in state["servers"] for task in server["running_tasks"]
+        ]
+        local += [(str(other.get("only_server_name")), other) for other in state.get("waiting", [])]
+        for name, record in local:
+            same_host = record.get("local") is True and record.get("host") == request.get("host")
+            if same_host and name != request["only_server_name"]:
+                problem = f"は使えません。この計算機は既にサーバー {name} として使われています"
+                remedy = f"{SERVER_VARIABLE} に {name} を指定してください"
+                raise _invalid("server", request["only_server_name"], problem, remedy)
 
 
 def ask(
@@ -635,11 +647,6 @@ def server_of_host(state: State, host: str, named: str | None) -> Server:
     servers = state["servers"]
     by_host = [server for server in servers if _same_host(server["server_name"], host)]
     found = [server for server in servers if server["server_name"] == named] if named else by_host
-    records: list[tuple[int | None, Requester]] = [(r.get("only_server_id"), r) for r in state.get("waiting", [])]
-    records += [(server["server_id"], task) for server in servers for task in server["running_tasks"]]
-    known_as = {
-        server_id for server_id, record in records if record.get("local") is True and record.get("host") == host
-    }
     remedy = (
         f"{SERVER_VARIABLE} でサーバー名を指定するか、--init --detect または "
         "--init --server NAME:GPUS:CPUS で実際の計算機を登録してください"
@@ -652,10 +659,9 @@ def server_of_host(state: State, host: str, named: str | None) -> Server:
             else "この計算機にあたるサーバーが複数あります"
         )
         raise _invalid("server", named or host, f"が正しくありません。{problem} (登録済み: {names})", remedy)
-    if (by_host and found != by_host) or known_as - {found[0]["server_id"]}:
-        raise _invalid(
-            "server", named, f"が正しくありません。この計算機 ({host}) は別のサーバーとして使用中です", remedy
-        )
+    if by_host and found != by_host:
+        problem = f"が正しくありません。この計算機はサーバー {by_host[0]['server_name']} です"
+        raise _invalid("server", named, problem, remedy)
     return found[0]
 
 
@@ -717,7 +723,7 @@ def shortfall(state: State, request: Request) -> NoCapacityError:
         )
         lines += [
             f"    {task['task_id']}: GPU {len(task['allocated_gpus'])} 個・CPU {task['allocated_cpus']} 個"
-            f" ({task['start_time']} から{', ' + str(task['user']) if 'user' in task else ''})"
+            f" ({task['start_time']} から{', ' + _printable(str(task['user'])) if 'user' in task else ''})"
             for task in server["running_tasks"]
         ]
         releases = fewest_releases(server, short_gpus, short_cpus)
@@ -803,6 +809,7 @@ class Leases:
     """
 
     _NAME = re.compile("[0-9a-f]{32}")
+    _LEAST_DESCRIPTOR = 20
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -816,41 +823,61 @@ class Leases:
                 _share_with_group(descriptor, self.directory)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if os.fstat(descriptor).st_nlink:  # else it was swept before we had locked it
-                    os.set_inheritable(descriptor, True)
-                    return name, descriptor
-            except BaseException:
+                    # Inheritable, and out of the way of the numbers that shell scripts redirect.
+                    return name, fcntl.fcntl(descriptor, fcntl.F_DUPFD, self._LEAST_DESCRIPTOR)
+            finally:
                 os.close(descriptor)
-                raise
+
+    @staticmethod
+    def give_up(descriptor: int) -> bool:
+        """Close the descriptor of a lease; tell whether no child holds it either, file or no file."""
+        try:
+            other = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+        finally:
             os.close(descriptor)
+        try:
+            return _flock(other, fcntl.LOCK_SH)
+        finally:
+            os.close(other)
 
     def is_free(self, name: str) -> bool:
         """Tell whether nobody holds the lease; what cannot be looked at counts as held."""
-        try:
-            descriptor = os.open(os.path.join(self.directory, name), os.O_RDONLY | os.O_NOFOLLOW)
-        except (FileNotFoundError, PermissionError):
-            return False
-        try:
-            # Shared, so that two who look at once do not take each other for the holder.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(descriptor)
+        # Shared, so that two who look at once do not take each other for the holder.
+        with self._locked(name, fcntl.LOCK_SH) as locked:
+            return locked
 
     def sweep(self, names_in_use: Container[object]) -> None:
         """Delete free leases that no document names; called with the state file locked."""
         try:
             names = os.listdir(self.directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for name in names:
-            if name not in names_in_use and self._NAME.fullmatch(name) and self.is_free(name):
-                self.delete(name)
+            if name not in names_in_use and self._NAME.fullmatch(name):
+                # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
+                with self._locked(name, fcntl.LOCK_EX) as locked:
+                    if locked:
+                        self.delete(name)
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(self.directory, name))
+
+    @contextmanager
+    def _locked(self, name: str, operation: int) -> Iterator[bool]:
+        """Lock the file of a lease, if that can be done at once; yield whether it was."""
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # somebody may have put a FIFO there
+            descriptor = os.open(os.path.join(self.directory, name), flags)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENXIO):
+                raise
+            yield False
+            return
+        try:
+            yield stat.S_ISREG(os.fstat(descriptor).st_mode) and _flock(descriptor, operation)
+        finally:
+            os.close(descriptor)
 
     def is_ended(self, record: Requester) -> bool:
         """Tell whether ``record`` names a lease that is free; the lease of another host is never judged."""
@@ -858,6 +885,14 @@ class Leases:
         if not isinstance(name, str) or record.get("host") != host_name() or not self._NAME.fullmatch(name):
             return False
         return self.is_free(name)
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def host_name() -> str:
@@ -1416,7 +1451,7 @@ class GPUResourceManagerV01:
     def reset_resources(
         self, servers: Sequence[ServerDescription] | None = None, min_gpus: int | None = None, force: bool = True
     ) -> bool:
-        """Forget every task and return ``True``.
+        """Forget every task and every waiting request, and return ``True``.
 
         Servers and unknown keys stay, unless other servers are described. A state file that cannot be
         used is set aside as ``resource_status.json.corrupt-TIME`` and made anew.
@@ -1437,11 +1472,11 @@ class GPUResourceManagerV01:
                     "  対処: 終わるのを待つか、記録を消してよければ --reset --yes を指定してください"
                 )
             remove_all_tasks(state)
+            set_waiting(state, [])
             if servers is not None:
                 state["servers"] = described["servers"]
             if min_gpus is not None:
                 state["min_gpus_per_task"] = min_gpus
-            admit(state, timestamp())
             return True, None
 
         self._change(change, described)
@@ -1491,14 +1526,14 @@ class GPUResourceManagerV01:
             "required_gpus": gpus,
             "required_cpus": cpus,
             "prefer_server_id": prefer_server_id,
-            "only_server_id": None,
+            "only_server_name": None,
             "passed_over": 0,
         }
         request.update(this_requester(command))  # type: ignore[typeddict-item]
         if local:
             state = self._store.read()
             server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE))
-            request["only_server_id"] = server["server_id"]
+            request["only_server_name"] = server["server_name"]
             request["local"] = True
         if not MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER or cpus > self.CPUS_PER_SERVER:
             check_request(self._store.read(), request)  # no lock for what can never be granted
@@ -1514,13 +1549,26 @@ class GPUResourceManagerV01:
         try:
             yield
         finally:
-            os.close(descriptor)
-            # Takes back what the lease held, be it a task or a place in the line, unless a child still
-            # holds it. By the lease, not by the name, which a newer task may bear by now.
-            lease = request["lease"]
-            if not self._change(lambda state: (False, lease in [record.get("lease") for record in records(state)])):
-                with self._store.failures_reported():
-                    self._leases.delete(lease)
+            with self._store.failures_reported():
+                free = Leases.give_up(descriptor)
+            if free:
+                self._forget(request["lease"])
+
+    def _forget(self, lease: str) -> None:
+        """Take back what a lease held, be it a task or a place in the line.
+
+        By the lease, not by the name, which a newer task may bear by now.
+        """
+
+        def change(state: State) -> tuple[bool, None]:
+            mine = [record["task_id"] for record in records(state) if record.get("lease") == lease]
+            for task_id in mine:
+                strike(state, task_id)
+            return admit(state, timestamp()) or bool(mine), None
+
+        self._change(change)
+        with self._store.failures_reported():
+            self._leases.delete(lease)
 
     def _obtain(
         self, request: Request, wait_s: float = 0, on_wait: OnWait | None = None, keep_lease: bool = True

@@ -143,7 +143,7 @@ def replay(
             "required_gpus": job.num_gpu,
             "required_cpus": job.num_gpu * CPUS_PER_GPU,
             "prefer_server_id": None,
-            "only_server_id": None,
+            "only_server_name": None,
             "passed_over": 0,
             "lease": str(number),
         }

@@ -347,7 +347,7 @@ def test_shortfall_says_what_is_short_and_whether_it_is_scattered(
         "required_gpus": gpus,
         "required_cpus": cpus,
         "prefer_server_id": None,
-        "only_server_id": None,
+        "only_server_name": None,
         "passed_over": 0,
     }
     lines.append("  次の 1 件が解放されれば足ります: a")

@@ -43,7 +43,7 @@ def request(task_id: str, gpus: int, cpus: int = 1, **more: Any) -> Request:
         "required_gpus": gpus,
         "required_cpus": cpus,
         "prefer_server_id": None,
-        "only_server_id": None,
+        "only_server_name": None,
         "passed_over": 0,
         "lease": f"{abs(hash(task_id)):032x}"[:32],
         **more,
@@ -142,9 +142,9 @@ def test_request_for_another_machine_passes_nobody_over() -> None:
     state = new_state(servers=2)
     for name in ("a", "b"):
         arrive(state, request(name, 8))
-    arrive(state, request("here", 8, only_server_id=0, passed_over=0))
+    arrive(state, request("here", 8, only_server_name="gpu-server-0"))
     release(state, "b")
-    arrive(state, request("there", 8, only_server_id=1))
+    arrive(state, request("there", 8, only_server_name="gpu-server-1"))
     assert "there" in running(state)
     assert state["waiting"][0]["passed_over"] == 0
 
@@ -228,8 +228,8 @@ def test_no_request_waits_while_it_could_run_and_none_is_passed_over_too_often(d
             assert found
             remove_task(*found)
         else:
-            only = data.draw(st.sampled_from([None, None, 0, 1]))
-            wanted = request(f"t{number}", data.draw(st.integers(1, 8)), only_server_id=only)
+            only = data.draw(st.sampled_from([None, None, "gpu-server-0", "gpu-server-1"]))
+            wanted = request(f"t{number}", data.draw(st.integers(1, 8)), only_server_name=only)
             set_waiting(state, [*state.get("waiting", []), wanted])
         before = encode_state(state)
         admit(state, NOW, limit)
@@ -243,7 +243,7 @@ def test_no_request_waits_while_it_could_run_and_none_is_passed_over_too_often(d
             first = state["waiting"][0]
             for server in state["servers"]:
                 fits = len(server["available_gpus"]) >= first["required_gpus"]
-                assert not fits or first["only_server_id"] not in (None, server["server_id"])
+                assert not fits or first["only_server_name"] not in (None, server["server_name"])
 
 
 # --- What may be asked for, and where it may run ----------------------------------------------------
@@ -296,10 +296,15 @@ def test_machine_is_the_server_that_bears_its_name(
 def test_machine_cannot_be_two_servers_at_once() -> None:
     state = pool_of("a", "b")
     place(state["servers"][0], "t", 2, 1, NOW, {"host": "node", "local": True})
-    assert server_of_host(state, "node", "a")["server_name"] == "a"
-    with pytest.raises(InvalidRequestError):
-        server_of_host(state, "node", "b")
-    assert server_of_host(state, "other", "b")["server_name"] == "b"
+    arrive(state, request("same", 2, host="node", local=True, only_server_name="a"))
+    with pytest.raises(InvalidRequestError, match="既にサーバー a として"):
+        arrive(state, request("other", 2, host="node", local=True, only_server_name="b"))
+    arrive(state, request("elsewhere", 2, host="other", local=True, only_server_name="b"))
+    state = pool_of("a", "b")
+    arrive(state, request("x", 8))
+    arrive(state, request("waits", 8, host="node", local=True, only_server_name="a"))
+    with pytest.raises(InvalidRequestError, match="既にサーバー a として"):
+        arrive(state, request("other", 2, host="node", local=True, only_server_name="b"))
 
 
 def test_fewest_releases_are_the_fewest() -> None:
