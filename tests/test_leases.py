@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -210,11 +211,75 @@ def test_random_kills_of_parents_and_jobs_leave_no_gpu_held_or_shared(pool: Path
     assert not (tmp_path / "shared").exists()
 
 
-def test_lease_that_somebody_deletes_is_held(pool: Path) -> None:
+def test_lease_that_somebody_deletes_is_held_until_its_own_end(pool: Path) -> None:
     with job(WAITS) as here:
         here.line()
         shutil.rmtree(pool.parent / ".leases")
         assert free_here(pool) == 6
+        here.process.communicate(b"\n")
+    assert running(pool) == []
+
+
+def test_lease_is_out_of_the_way_of_what_a_script_redirects(pool: Path) -> None:
+    with job("exec 3>&1 4>&1 5>&1 6>&1; " + WAITS) as here:
+        pid = int(here.line())
+        here.process.kill()
+        here.process.wait()
+        assert free_here(pool) == 6
+        os.kill(pid, signal.SIGKILL)
+    low = "import os, sys; sys.exit(any(os.path.exists(f'/proc/self/fd/{fd}') for fd in (0, *range(3, 20))))"
+    assert cli("--run", "closed", "2", "1", "--", sys.executable, "-c", low, redirect="<&-").code == 0
+
+
+def test_sweep_never_deletes_a_lease_that_is_held(pool: Path, children: Children) -> None:
+    directory = pool.parent / ".leases"
+    directory.mkdir()
+
+    def sweep_all_the_time() -> None:
+        while True:
+            library.Leases(str(directory)).sweep([])
+
+    children.start(sweep_all_the_time)
+    made = library.Leases(str(directory))
+    for _ in range(3000):
+        name, descriptor = made.make()
+        assert os.fstat(descriptor).st_nlink == 1
+        os.close(descriptor)
+        assert len(name) == 32
+
+
+def test_strange_things_among_the_leases_are_left_alone(pool: Path) -> None:
+    directory = pool.parent / ".leases"
+    directory.mkdir()
+    os.mkfifo(directory / ("0" * 32))
+    (directory / ("1" * 32)).mkdir()
+    (directory / ("2" * 32)).symlink_to("nowhere")
+    (directory / "notes").touch()
+    (directory / ("3" * 32)).touch()
+    with GPUResourceManagerV01(pool).allocation("task", 2, 1):
+        pass
+    assert sorted(leases(pool)) == ["0" * 32, "1" * 32, "2" * 32, "notes"]
+
+
+def test_one_machine_is_one_server_even_if_two_ask_at_once(pool: Path, children: Children) -> None:
+    GPUResourceManagerV01(pool)
+    barrier = get_context("fork").Barrier(4)
+    shared = get_context("fork").Value("i", 0)
+
+    def work(number: int) -> None:
+        os.environ["GPU_RESOURCE_SERVER"] = f"gpu-server-{number}"
+        barrier.wait()
+        with contextlib.suppress(library.InvalidRequestError):
+            with GPUResourceManagerV01(pool).allocation(f"t{number}", 8, 1):
+                with shared.get_lock():
+                    shared.value += 1
+                barrier.wait()
+                return
+        barrier.wait()
+
+    pids = [children.start(lambda n=n: work(n)) for n in range(4)]  # type: ignore[misc]
+    assert [children.wait(pid) for pid in pids] == [0] * 4
+    assert shared.value == 1
 
 
 def test_lease_of_another_host_is_never_judged(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:

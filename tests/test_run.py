@@ -76,6 +76,31 @@ def test_our_own_failures_have_codes_of_their_own(pool: Path, monkeypatch: pytes
     assert "--init --server NAME:GPUS:CPUS" in result.err
 
 
+def test_caller_that_ignores_sigchld_changes_nothing(pool: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    assert finish(start("-c", script, str(CLI), *RUN, "sh", "-c", "exit 4")).code == 4
+
+
+def test_script_without_an_interpreter_line_runs(pool: Path) -> None:
+    script = pool.parent / "script"
+    script.write_text("echo hello $1\n")
+    script.chmod(0o755)
+    assert cli(*RUN, str(script), "world").out == "hello world\n"
+
+
+def test_terminal_that_goes_away_ends_the_command(pool: Path) -> None:
+    terminal = Terminal(sys.executable, str(CLI), *RUN, "sh", "-c", "echo started; exec sleep 1000")
+    terminal.expect("started")
+    os.close(terminal.screen)
+    _, status = os.waitpid(terminal.pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (128 + signal.SIGHUP, 74), "74: nobody is left to be told"
+    assert running(pool) == []
+
+
 def test_streams_of_the_command_are_its_own(pool: Path) -> None:
     result = cli(*RUN, "sh", "-c", "cat; echo err >&2", redirect="< <(printf 'a\\0b')")
     assert result.out == "a\0b"
@@ -266,6 +291,17 @@ def test_export_sets_the_environment_of_a_shell_or_stops_it(pool: Path, shell: s
     careless = f'eval "$({sys.executable} {CLI} --allocate job 8 4 --export)"; echo "$CUDA_VISIBLE_DEVICES"'
     result = subprocess.run([shell, "-c", careless], capture_output=True, encoding="utf-8", check=False)
     assert result.stdout == "-1\n", "a shell that goes on sees no GPU"
+
+
+def test_export_that_is_terminated_while_it_waits_stops_the_shell(pool: Path) -> None:
+    assert GPUResourceManagerV01(pool).allocate_resources("all", 8, 1, local=True)
+    process = start(str(CLI), "--allocate", "late", "2", "1", "--wait", "--export")
+    assert process.stderr
+    process.stderr.readline()
+    process.terminate()
+    result = finish(process)
+    assert (result.code, result.out) == (143, "export CUDA_VISIBLE_DEVICES=-1\n(exit 143)\n")
+    assert "waiting" not in json.loads(pool.read_text("utf-8"))
 
 
 # --- For programs -----------------------------------------------------------------------------------
