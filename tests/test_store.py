@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import BOTH_FILES, Children, names, running
+from conftest import BOTH_FILES, PROJECT, Children, names, running
 from syscalls import at_call, failing, intercepted, recorded
 
 from gpu_resource_manager_v01 import (
@@ -29,6 +30,7 @@ from gpu_resource_manager_v01 import (
     InvalidRequestError,
     LockTimeoutError,
     ResourceManagerError,
+    State,
     StateFileError,
     UnusableStateFileError,
     decode_state,
@@ -114,6 +116,13 @@ def test_library_prints_nothing(pool: Path, capfd: pytest.CaptureFixture[str], c
 
     assert children.run(work) == 0
     assert capfd.readouterr() == ("", "")
+    # Nor where nobody has set up logging, as pytest has here.
+    script = (
+        "from gpu_resource_manager_v01 import GPUResourceManagerV01\n"
+        "assert not GPUResourceManagerV01().release_resources('unknown')\n"
+    )
+    fresh = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, check=True)
+    assert (fresh.stdout, fresh.stderr) == (b"", b"")
 
 
 # --- Failing calls --------------------------------------------------------------------------------
@@ -251,6 +260,51 @@ def test_failed_fsync_of_the_file_is_not_tried_again(pool: Path) -> None:
     assert (calls.count("fsync"), calls.count("replace")) == (1, 0)
     assert caught.value.path == str(pool) and caught.value.reason and caught.value.remedy
     assert pool.read_bytes() == before
+
+
+def test_failed_fsync_of_the_directory_is_reported_as_unconfirmed_and_not_tried_again(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    calls: list[str] = []
+
+    def before_call(name: str, args: tuple[Any, ...]) -> None:
+        calls.append(name)
+        if name == "fsync" and "replace" in calls and calls.count("fsync") == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with intercepted(before_call), pytest.raises(StateFileError, match="保存を確認できません"):
+        manager.allocate_resources("task", 2, 1)
+    assert calls.count("fsync") == 2
+    assert running(pool) == ["task"]
+
+
+def test_change_that_breaks_the_invariant_is_not_written(pool: Path) -> None:
+    store = GPUResourceManagerV01(pool)._store
+    before = pool.read_bytes()
+
+    def change(state: State) -> tuple[bool, None]:
+        state["servers"][0]["available_gpus"].append(99)
+        return True, None
+
+    with pytest.raises(StateFileError, match="書き込めない内容"):
+        store.update(change)
+    assert (pool.read_bytes(), names(pool)) == (before, BOTH_FILES)
+
+
+def test_answer_no_writes_nothing_not_even_another_layout(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    for server in range(4):
+        manager.allocate_resources(f"all-{server}", 8, 1)
+    pool.write_text(json.dumps(json.loads(pool.read_text("utf-8")), indent=4), "utf-8")
+    before = (pool.read_bytes(), os.stat(pool).st_ino)
+    assert manager.release_resources("unknown") is False
+    assert manager.allocate_resources("late", 2, 1) is None
+    assert (pool.read_bytes(), os.stat(pool).st_ino) == before
+
+
+def test_fifo_in_the_place_of_the_lock_file_makes_nobody_wait(pool: Path, children: Children) -> None:
+    os.mkfifo(pool.parent / ".resource.lock")
+    assert children.run(lambda: GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)) == 0
+    assert running(pool) == ["task"]
 
 
 def test_size_limit_leaves_the_old_document(pool: Path, children: Children) -> None:
@@ -718,6 +772,30 @@ def test_reader_outside_the_group_can_look_but_changes_nothing(lab: Path, childr
     before = pool.read_bytes()
     assert children.run(stranger) == 0
     assert (pool.read_bytes(), names(pool)) == (before, BOTH_FILES)
+
+
+def test_unreadable_file_is_refused_untouched_until_it_is_reset(lab: Path, children: Children) -> None:
+    lab.chmod(0o2770)
+    pool = lab / "resource_status.json"
+    GPUResourceManagerV01(pool)
+    pool.chmod(0o600)
+    before = pool.read_bytes()
+
+    def bob() -> None:
+        become(BOB, [LAB], 0o022)
+        manager = GPUResourceManagerV01(pool)
+        for call in (manager.get_resource_summary, manager.get_detailed_status):
+            with pytest.raises(StateFileError, match="--reset --yes"):
+                call()
+        with pytest.raises(StateFileError, match="--reset --yes"):
+            manager.release_resources("task")
+        assert pool.stat().st_size == len(before)
+        manager.reset_resources()
+        assert running(pool) == []
+
+    assert children.run(bob) == 0
+    [kept] = lab.glob("*.corrupt-*")
+    assert kept.read_bytes() == before
 
 
 def test_umask_holds_in_a_directory_of_ones_own(lab: Path, children: Children) -> None:
