@@ -1,13 +1,15 @@
 """Share the GPUs of a few servers between several people, with one JSON file and no daemon.
 
-Two guarantees:
+Three guarantees:
 
 * no GPU is given twice, however many processes, threads and users ask at once;
-* the state file is never half-written: after a crash it holds the old document or the new one.
+* the state file is never half-written: after a crash it holds the old document or the new one;
+* what a task bound to a lease holds comes back when its last process is gone, however it ended.
 
 The module reads from the ground up: constants, errors, the document (the state file *is* the data
-model), the decisions (pure functions on a private copy of it), the store (the only code that locks
-and writes), and at last :class:`GPUResourceManagerV01`, a thin layer over the rooms below.
+model), the decisions (pure functions on a private copy of it), this machine (whether the processes
+of a task live), the store (the only code that locks and writes the document), and at last
+:class:`GPUResourceManagerV01`, a layer over the rooms below.
 
     >>> from gpu_resource_manager_v01 import GPUResourceManagerV01      # doctest: +SKIP
     >>> manager = GPUResourceManagerV01()                               # doctest: +SKIP
@@ -92,7 +94,7 @@ class InvalidRequestError(ResourceManagerError, ValueError):
 
 
 class DuplicateTaskError(InvalidRequestError):
-    """Asking: a task with this identifier already runs; nothing was touched."""
+    """Asking: a task with this identifier already runs or waits; nothing was touched."""
 
 
 class NotOwnerError(ResourceManagerError):
@@ -1359,7 +1361,6 @@ class GPUResourceManagerV01:
         task_id: str,
         required_gpus: int,
         required_cpus: int,
-        prefer_server_id: int | None = None,
         *,
         wait_s: float = 0,
         on_wait: OnWait | None = None,
@@ -1376,7 +1377,7 @@ class GPUResourceManagerV01:
         :param command: recorded as information; by default the command line of this process.
         :raises NoCapacityError: there is no room, or was none for ``wait_s`` seconds.
         """
-        request = self._request(task_id, required_gpus, required_cpus, prefer_server_id, True, command)
+        request = self._request(task_id, required_gpus, required_cpus, None, True, command)
         _check_seconds("wait_s", wait_s)
         with self._lease(request):
             yield self._obtain(request, wait_s, on_wait)
