@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,3 +89,25 @@ def children() -> Iterator[Children]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+#: users, and the group of the first two
+ALICE, BOB, STRANGER, LAB = 61001, 61002, 61003, 61100
+
+
+@pytest.fixture
+def lab() -> Iterator[Path]:
+    """A directory that every user can reach; the fixture ``tmp_path`` is for its owner only."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become other users")
+    directory = tempfile.mkdtemp()
+    os.chown(directory, ALICE, LAB)
+    yield Path(directory)
+    shutil.rmtree(directory)
+
+
+def become(uid: int, groups: list[int], umask: int) -> None:
+    os.setgroups(groups)
+    os.setgid(uid)  # a primary group of one's own, as Debian gives it
+    os.setuid(uid)
+    os.umask(umask)

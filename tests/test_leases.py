@@ -16,14 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import GUARD_S, PROJECT, Children, running
+from conftest import ALICE, BOB, GUARD_S, LAB, PROJECT, Children, become, running
 from screens import CLI, cli
 
 import gpu_resource_manager_v01 as library
 from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, NoCapacityError, NotOwnerError
 
 HERE = "gpu-server-1"
-ALICE, BOB = 12001, 12002
 
 
 @pytest.fixture(autouse=True)
@@ -385,56 +384,44 @@ def test_state_file_of_the_first_version_is_read_as_it_is(pool: Path) -> None:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Path]:
-    if os.getuid() != 0:
-        pytest.skip("only root can become other users")
-    directory = Path("/tmp") / f"lab-{os.getpid()}-{random.random()}"
-    directory.mkdir()
-    os.chown(directory, ALICE, 12000)
-    directory.chmod(0o2770)
-    yield directory / "resource_status.json"
-    shutil.rmtree(directory)
+def shared(lab: Path) -> Path:
+    """The path of a state file in a directory that two users share."""
+    lab.chmod(0o2770)
+    return lab / "resource_status.json"
 
 
-def as_user(uid: int) -> None:
-    os.setgroups([12000])
-    os.setgid(uid)
-    os.setuid(uid)
-    os.umask(0o077)
-
-
-def test_bob_cannot_release_the_task_of_alice_by_mistake(lab: Path, children: Children) -> None:
+def test_bob_cannot_release_the_task_of_alice_by_mistake(shared: Path, children: Children) -> None:
     def alice() -> None:
-        as_user(ALICE)
-        assert GPUResourceManagerV01(lab).allocate_resources("hers", 2, 1)
+        become(ALICE, [LAB], 0o077)
+        assert GPUResourceManagerV01(shared).allocate_resources("hers", 2, 1)
 
     def bob() -> None:
-        as_user(BOB)
-        manager = GPUResourceManagerV01(lab)
-        before = lab.read_bytes()
+        become(BOB, [LAB], 0o077)
+        manager = GPUResourceManagerV01(shared)
+        before = shared.read_bytes()
         with pytest.raises(NotOwnerError, match=str(ALICE)):
             manager.release_resources("hers")
-        assert lab.read_bytes() == before
+        assert shared.read_bytes() == before
         assert manager.release_resources("hers", force=True)
 
     assert children.run(alice) == 0
     assert children.run(bob) == 0
 
 
-def test_bob_reclaims_the_dead_task_of_alice(lab: Path, children: Children) -> None:
+def test_bob_reclaims_the_dead_task_of_alice(shared: Path, children: Children) -> None:
     ready, said = os.pipe()
 
     def alice() -> None:
-        as_user(ALICE)
-        with GPUResourceManagerV01(lab).allocation("hers", 8, 1):
+        become(ALICE, [LAB], 0o077)
+        with GPUResourceManagerV01(shared).allocation("hers", 8, 1):
             os.write(said, b"x")
             signal.pause()
 
     def bob() -> None:
-        as_user(BOB)
-        with GPUResourceManagerV01(lab).allocation("his", 8, 1):
-            assert running(lab) == ["his"]
-        assert leases(lab) == []
+        become(BOB, [LAB], 0o077)
+        with GPUResourceManagerV01(shared).allocation("his", 8, 1):
+            assert running(shared) == ["his"]
+        assert leases(shared) == []
 
     pid = children.start(alice)
     os.read(ready, 1)

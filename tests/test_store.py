@@ -9,7 +9,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import BOTH_FILES, PROJECT, Children, names, running
+from conftest import ALICE, BOB, BOTH_FILES, LAB, PROJECT, STRANGER, Children, become, names, running
 from syscalls import at_call, failing, intercepted, recorded
 
 from gpu_resource_manager_v01 import (
@@ -689,26 +688,6 @@ def test_default_file_lies_beside_the_module_and_can_be_named(
 
 
 # --- Users ----------------------------------------------------------------------------------------
-
-ALICE, BOB, STRANGER, LAB = 61001, 61002, 61003, 61100
-
-
-@pytest.fixture
-def lab() -> Iterator[Path]:
-    """A directory that every user can reach; the fixture ``tmp_path`` is for its owner only."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can become other users")
-    directory = tempfile.mkdtemp()
-    os.chown(directory, ALICE, LAB)
-    yield Path(directory)
-    shutil.rmtree(directory)
-
-
-def become(uid: int, groups: list[int], umask: int) -> None:
-    os.setgroups(groups)
-    os.setgid(uid)  # a primary group of one's own, as Debian gives it
-    os.setuid(uid)
-    os.umask(umask)
 
 
 @pytest.mark.parametrize("mode", [0o2770, 0o770, 0o2775])
