@@ -376,9 +376,7 @@ def _check_record(record: Any, keys: dict[str, Any], where: str) -> None:
 
 
 def _is_ascending(indices: list[Any]) -> bool:
-    return all(type(index) is int for index in indices) and all(
-        low < high for low, high in zip([-1, *indices], indices, strict=False)
-    )
+    return all(type(index) is int and index >= 0 for index in indices) and indices == sorted({*indices})
 
 
 def task_id_problem(task_id: str) -> str | None:
