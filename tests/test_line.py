@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -367,3 +372,21 @@ def test_refusal_names_the_holders_and_who_waits() -> None:
         "  先に待っている要求: 1 件",
     ]
     assert refusal.fewest_releases == ["x"]
+
+
+# --- A whole trace ----------------------------------------------------------------------------------
+
+
+def test_replay_of_a_trace_refuses_nobody_who_waits_and_beats_strict_fifo(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    rows = [(second * 60, rng.choice([1, 1, 1, 2, 4, 8]), rng.randint(60, 6000)) for second in range(300)]
+    trace = tmp_path / "trace.csv"
+    trace.write_text("submit_time_s,num_gpu,duration_s\n" + "".join(f"{a},{b},{c}\n" for a, b, c in rows))
+    command = [sys.executable, str(PROJECT / "benchmarks" / "replay.py"), str(trace)]
+    table = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
+    cells = {line[:24].strip(): line[24:].split() for line in table.splitlines()[1:]}
+    assert int(cells["no line"][0]) > 0
+    assert {int(row[0]) for name, row in cells.items() if name != "no line" and "none" not in name} == {0}
+    mean = {name: int(row[1].replace(",", "")) for name, row in cells.items()}
+    assert mean[f"passed over {MAX_PASSED_OVER}"] < mean["strict FIFO"]
+    assert int(cells["5% killed, none"][0]) > 0, "without leases the pool fills with the dead"
