@@ -329,6 +329,9 @@ BAD_PARAMETERS: list[tuple[str | bytes, ...]] = [
     *(("--allocate", "task", "2", "1", "--prefer-server", server) for server in ("4", "-1", "x", "")),
 ]
 BAD_USAGE = [
+    ("--allocate", "a", "2", "1", "--allocate", "b", "2", "1"),
+    ("--release", "a", "--release", "b"),
+    ("--run", "a", "2", "1", "--run", "b", "2", "1", "--", "true"),
     ("--rese",),
     ("--rese", "--yes"),
     ("--stat",),
@@ -665,6 +668,17 @@ def test_reader_that_has_enough_is_no_error(args: tuple[str, ...]) -> None:
 
 
 # --- Task identifiers as text ---------------------------------------------------------------------
+
+
+def test_escape_in_the_path_of_the_state_file_never_reaches_the_screen(tmp_path: Path) -> None:
+    odd = tmp_path / "odd\x1b[31m"
+    odd.mkdir()
+    env = {"GPU_RESOURCE_FILE": str(odd / "resource_status.json")}
+    assert "odd?[31m/resource_status.json" in cli("--init", env=env).out
+    (odd / "resource_status.json").write_text("broken")
+    result = cli("--status", env=env)
+    assert "odd?[31m/resource_status.json" in result.err
+    assert "\x1b" not in result.out + result.err
 
 
 @pytest.mark.parametrize(
