@@ -331,7 +331,6 @@ BAD_PARAMETERS: list[tuple[str | bytes, ...]] = [
 BAD_USAGE = [
     ("--allocate", "a", "2", "1", "--allocate", "b", "2", "1"),
     ("--release", "a", "--release", "b"),
-    ("--run", "a", "2", "1", "--run", "b", "2", "1", "--", "true"),
     ("--rese",),
     ("--rese", "--yes"),
     ("--stat",),
