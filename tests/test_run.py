@@ -206,8 +206,8 @@ def test_command_has_the_terminal(pool: Path) -> None:
 def test_job_control_of_a_shell_works(pool: Path) -> None:
     script = pool.parent / "job.py"
     script.write_text(
-        "import select, signal, sys\n"
-        "signal.signal(signal.SIGCONT, lambda *args: print('continued', flush=True))\n"
+        "import os, select, signal, sys\n"
+        "signal.signal(signal.SIGCONT, lambda *args: os.write(1, b'continued\\n'))\n"
         "print('started', flush=True)\n"
         # With a time limit, for a signal just ahead of a read without one would be noticed only after it.
         "while not select.select([sys.stdin], [], [], 0.1)[0]:\n"
