@@ -669,6 +669,13 @@ def test_reader_that_has_enough_is_no_error(args: tuple[str, ...]) -> None:
 # --- Task identifiers as text ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("task_id", ["~", "学習", "it's $HOME"])
+def test_hint_releases_the_task_in_a_real_shell(task_id: str, pool: Path) -> None:
+    hint = cli("--allocate", task_id, "2", "1").out.splitlines()[-1]
+    printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {hint}"], capture_output=True, check=True)
+    assert printed.stdout.decode().splitlines()[3] == task_id
+
+
 def test_escape_in_the_path_of_the_state_file_never_reaches_the_screen(tmp_path: Path) -> None:
     odd = tmp_path / "odd\x1b[31m"
     odd.mkdir()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from gpu_resource_manager_v01 import GPUResourceManagerV01
 
 HERE = "gpu-server-1"
 RUN = ("--run", "job", "2", "4", "--")
+
+
+@pytest.fixture(autouse=True)
+def signals_work() -> Iterator[None]:
+    """Undo, for the children too, that ``nohup`` or a shell's background lets us ignore signals."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGQUIT)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

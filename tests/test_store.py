@@ -306,6 +306,71 @@ def test_fifo_in_the_place_of_the_lock_file_makes_nobody_wait(pool: Path, childr
     assert running(pool) == ["task"]
 
 
+def test_interrupt_leaves_no_temporary_file(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+
+    def before_call(name: str, args: tuple[Any, ...]) -> None:
+        if name == "fsync":
+            raise KeyboardInterrupt
+
+    with intercepted(before_call), pytest.raises(KeyboardInterrupt):
+        manager.allocate_resources("task", 2, 1)
+    assert names(pool) == BOTH_FILES
+
+
+def test_first_failure_is_the_one_reported(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    calls: list[str] = []
+
+    def before_call(name: str, args: tuple[Any, ...]) -> None:
+        calls.append(name)
+        if name == "fsync":
+            raise OSError(errno.EIO, "first")
+        if name == "unlink" and "fsync" in calls:
+            raise OSError(errno.EPERM, "second")
+
+    with intercepted(before_call), pytest.raises(StateFileError, match="first"):
+        manager.allocate_resources("task", 2, 1)
+
+
+def test_neither_a_failure_nor_a_timeout_leaves_a_descriptor_open(pool: Path) -> None:
+    before = os.listdir("/dev/fd")
+    for number in range(len(recorded(lambda: GPUResourceManagerV01(pool)))):
+        for name in names(pool):
+            (pool.parent / name).unlink()
+        with failing(number, errno.EIO), contextlib.suppress(StateFileError):
+            GPUResourceManagerV01(pool)
+        assert os.listdir("/dev/fd") == before
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0)
+    with filelock.FileLock(pool.parent / ".resource.lock"), pytest.raises(LockTimeoutError):
+        manager.release_resources("task")
+    assert os.listdir("/dev/fd") == before
+
+
+def test_dangling_links_set_aside_in_one_second_are_all_kept(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101T000000")
+    for target in ("a", "b", "c"):
+        pool.unlink(missing_ok=True)
+        pool.symlink_to(target)
+        GPUResourceManagerV01(pool).reset_resources()
+    assert {os.readlink(path) for path in pool.parent.glob("*.corrupt-*")} == {"a", "b", "c"}
+
+
+def test_class_attributes_of_a_subclass_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(GPUResourceManagerV01):
+        RESOURCE_FILE = str(tmp_path / "small.json")
+        LOCK_FILE = ".small.lock"
+        TOTAL_SERVERS, GPUS_PER_SERVER, CPUS_PER_SERVER = 2, 4, 16
+
+    monkeypatch.setenv("GPU_RESOURCE_FILE", "")
+    manager = Small()
+    summary = manager.get_resource_summary()
+    assert (summary["total_servers"], summary["total_gpus"], summary["total_cpus"]) == (2, 8, 32)
+    with pytest.raises(InvalidRequestError):
+        manager.allocate_resources("task", 5, 1)
+    assert sorted(os.listdir(tmp_path)) == [".small.lock", "small.json"]
+
+
 def test_size_limit_leaves_the_old_document(pool: Path, children: Children) -> None:
     manager = GPUResourceManagerV01(pool)
     before = pool.read_bytes()
@@ -775,6 +840,19 @@ def test_unreadable_file_is_refused_untouched_until_it_is_reset(lab: Path, child
     assert children.run(bob) == 0
     [kept] = lab.glob("*.corrupt-*")
     assert kept.read_bytes() == before
+
+
+def test_user_outside_the_group_of_a_directory_open_to_all_shares_with_nobody(lab: Path, children: Children) -> None:
+    lab.chmod(0o777)
+
+    def stranger() -> None:
+        become(STRANGER, [], 0o077)
+        GPUResourceManagerV01(lab / "resource_status.json").allocate_resources("task", 2, 1)
+
+    assert children.run(stranger) == 0
+    for name in BOTH_FILES:
+        found = os.stat(lab / name)
+        assert (found.st_gid, found.st_mode & 0o777) == (STRANGER, 0o600)
 
 
 def test_umask_holds_in_a_directory_of_ones_own(lab: Path, children: Children) -> None:
