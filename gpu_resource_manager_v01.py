@@ -509,7 +509,7 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
     job of 8 GPUs does not starve under a stream of small ones. Known as backfilling with bounded
     bypass; a smaller bound comes closer to strict FIFO, where a big job leaves free GPUs idle.
     """
-    left: list[Request] = []
+    left: list[tuple[Request, set[int]]] = []
     closed: set[int] = set()
     waiting = state.get("waiting", [])
     for request in waiting:
@@ -517,18 +517,17 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
         gpus, cpus = request["required_gpus"], request["required_cpus"]
         server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), eligible - closed)
         if server is None:
-            left.append(request)
+            left.append((request, eligible))
             if request["passed_over"] >= max_passed_over:
                 closed |= eligible
             continue
         place(server, request["task_id"], gpus, cpus, start_time, _requester_of(request))
-        for earlier in left:
-            passed = eligible_server_ids(state, earlier)
+        for earlier, passed in left:
             if server["server_id"] in passed:
                 earlier["passed_over"] += 1
                 if earlier["passed_over"] >= max_passed_over:
                     closed |= passed
-    set_waiting(state, left)
+    set_waiting(state, [request for request, _ in left])
     return len(left) < len(waiting)
 
 
@@ -556,9 +555,14 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     return ended
 
 
+def placed_tasks(state: State) -> list[tuple[Server, Task]]:
+    """Return every running task with its server."""
+    return [(server, task) for server in state["servers"] for task in server["running_tasks"]]
+
+
 def records(state: State) -> list[Task | Request]:
     """Return all that bears a ``task_id``: running tasks and waiting requests."""
-    return [task for server in state["servers"] for task in server["running_tasks"]] + [*state.get("waiting", [])]
+    return [task for _, task in placed_tasks(state)] + [*state.get("waiting", [])]
 
 
 def check_request(state: State, request: Request) -> None:
@@ -574,18 +578,25 @@ def check_request(state: State, request: Request) -> None:
         amounts = (request["required_gpus"], request["required_cpus"])
         remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
         raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
-    if request.get("local"):
-        # Here, under the lock: two that ask at once must not take one machine for two servers.
-        local: list[tuple[str, Requester]] = [
-            (server["server_name"], task) for server in state["servers"] for task in server["running_tasks"]
-        ]
-        local += [(str(other.get("only_server_name")), other) for other in state.get("waiting", [])]
-        for name, record in local:
-            same_host = record.get("local") is True and record.get("host") == request.get("host")
-            if same_host and name != request["only_server_name"]:
-                problem = f"は使えません。この計算機は既にサーバー {name} として使われています"
-                remedy = f"{SERVER_VARIABLE} に {name} を指定してください"
-                raise _invalid("server", request["only_server_name"], problem, remedy)
+
+
+def check_one_machine(state: State, request: Request) -> None:
+    """Check that no other server of the pool is the machine that a local ``request`` was asked on.
+
+    Once ended tasks are reclaimed and under the lock, for two may ask at once.
+
+    :raises InvalidRequestError: two tasks could be told to use one physical GPU.
+    """
+    if not request.get("local"):
+        return
+    local: list[tuple[str, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
+    local += [(str(other.get("only_server_name")), other) for other in state.get("waiting", [])]
+    for name, record in local:
+        same_host = record.get("local") is True and record.get("host") == request.get("host")
+        if same_host and name != request["only_server_name"]:
+            problem = f"は使えません。この計算機は既にサーバー {name} として使われています"
+            remedy = f"{SERVER_VARIABLE} に {name} を指定してください"
+            raise _invalid("server", request["only_server_name"], problem, remedy)
 
 
 def ask(
@@ -596,13 +607,14 @@ def ask(
     Returns whether ``state`` was changed, and what was granted or why nothing was. ``stay`` leaves the
     request in line; without ``keep_lease`` a placed task is no longer bound to its lease.
 
-    :raises InvalidRequestError: it can never be placed.
+    :raises InvalidRequestError: it can never be placed, or would make one machine two servers.
     :raises DuplicateTaskError: a task with this identifier runs or waits already.
     """
     task_id, lease = request["task_id"], request.get("lease")
     same = [record for record in records(state) if record["task_id"] == task_id]
     arrived = not same
     check_request(state, request)
+    check_one_machine(state, request)
     if arrived:
         set_waiting(state, [*state.get("waiting", []), request.copy()])
         admit(state, start_time)
@@ -673,11 +685,7 @@ def _same_host(name: str, host: str) -> bool:
 
 def find_task(state: State, task_id: str) -> tuple[Server, Task] | None:
     """Return the task with this identifier and its server, or ``None``."""
-    for server in state["servers"]:
-        for task in server["running_tasks"]:
-            if task["task_id"] == task_id:
-                return server, task
-    return None
+    return next((found for found in placed_tasks(state) if found[1]["task_id"] == task_id), None)
 
 
 def remove_task(server: Server, task: Task) -> None:
@@ -697,9 +705,8 @@ def strike(state: State, task_id: str) -> None:
 
 def remove_all_tasks(state: State) -> None:
     """Make every server idle; servers and unknown keys stay."""
-    for server in state["servers"]:
-        for task in server["running_tasks"][:]:
-            remove_task(server, task)
+    for server, task in placed_tasks(state):
+        remove_task(server, task)
 
 
 def shortfall(state: State, request: Request) -> NoCapacityError:
@@ -1391,7 +1398,7 @@ class GPUResourceManagerV01:
         :raises NotOwnerError: it belongs to another user.
         :raises LockTimeoutError, StateFileError: as :meth:`JsonFileStore.update`.
         """
-        _check_task_id(task_id)
+        _check_name("task_id", task_id)
         uid = os.getuid()
 
         def change(state: State) -> tuple[bool, bool]:
@@ -1400,7 +1407,7 @@ class GPUResourceManagerV01:
                 return False, False
             owner = found[0].get("uid")
             if not force and isinstance(owner, int) and uid not in (0, owner):
-                name = str(found[0].get("user", owner))
+                name = _printable(str(found[0].get("user", owner)))
                 raise NotOwnerError(
                     f"タスク {task_id!r} は {name} のものです\n"
                     "  対処: 本人に確認し、それでも解放するなら --force を付けてください",
@@ -1408,7 +1415,6 @@ class GPUResourceManagerV01:
                     owner=name,
                 )
             strike(state, task_id)
-            admit(state, timestamp())
             return True, True
 
         released = self._change(change)
@@ -1464,7 +1470,7 @@ class GPUResourceManagerV01:
         described = self._described(servers, min_gpus)
 
         def change(state: State) -> tuple[bool, None]:
-            running = [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
+            running = [task["task_id"] for _, task in placed_tasks(state)]
             if running and not force:
                 raise PoolConflictError(
                     f"実行中のタスクがあります: {', '.join(running)}\n"
@@ -1487,9 +1493,7 @@ class GPUResourceManagerV01:
         state = new_state(self.TOTAL_SERVERS, self.GPUS_PER_SERVER, self.CPUS_PER_SERVER)
         if servers is not None:
             for name, gpus, cpus in servers:
-                problem = task_id_problem(name) if isinstance(name, str) else "が文字列ではありません"
-                if problem:
-                    raise _invalid("サーバー名", name, problem, "1-128 文字の名前を指定してください")
+                _check_name("サーバー名", name)
                 _check_int("サーバーの GPU 数", gpus, 1, MAX_GPUS_PER_SERVER)
                 _check_int("サーバーの CPU 数", cpus, 1, MAX_CPUS_PER_SERVER)
             names = [name.casefold() for name, _, _ in servers]
@@ -1515,7 +1519,7 @@ class GPUResourceManagerV01:
         self, task_id: str, gpus: int, cpus: int, prefer_server_id: int | None, local: bool, command: str | None
     ) -> Request:
         """Check the parameters and return them as a request of this process."""
-        _check_task_id(task_id)
+        _check_name("task_id", task_id)
         _check_int("required_gpus", gpus, 1, MAX_GPUS_PER_SERVER)
         _check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
         if prefer_server_id is not None:
@@ -1563,7 +1567,7 @@ class GPUResourceManagerV01:
             mine = [record["task_id"] for record in records(state) if record.get("lease") == lease]
             for task_id in mine:
                 strike(state, task_id)
-            return admit(state, timestamp()) or bool(mine), None
+            return bool(mine), None
 
         self._change(change)
         with self._store.failures_reported():
@@ -1576,8 +1580,12 @@ class GPUResourceManagerV01:
 
         :raises NoCapacityError: time is up.
         """
+
+        def arrive(stay: bool) -> Allocation | NoCapacityError:
+            return self._change(lambda state: ask(state, request, timestamp(), stay, keep_lease))
+
         deadline_s = time.monotonic() + wait_s
-        answer = self._change(lambda state: ask(state, request, timestamp(), wait_s > 0, keep_lease))
+        answer = arrive(stay=wait_s > 0)
         told: NoCapacityError | None = None
         seen: object = None
         looked_s, pause_s = time.monotonic(), WAIT_POLL_S[0]
@@ -1601,22 +1609,24 @@ class GPUResourceManagerV01:
                 self._serve(state)
             _, answer = ask(state, request, timestamp(), True, keep_lease)
             if not isinstance(answer, NoCapacityError):
-                answer = self._change(lambda state: ask(state, request, timestamp(), True, keep_lease))
+                answer = arrive(stay=True)
         if isinstance(answer, NoCapacityError) and wait_s:
-            answer = self._change(lambda state: ask(state, request, timestamp(), False, keep_lease))
+            answer = arrive(stay=False)
         if isinstance(answer, NoCapacityError):
             raise answer
         logger.info("リソース割り当て成功: %s", answer)
         return answer
 
     def _change(self, change: Callable[[State], tuple[bool, T]], instead_of_unusable: State | None = None) -> T:
-        """Apply ``change`` once what has ended is reclaimed and the line is served, as one step."""
+        """Reclaim what has ended, apply ``change``, and serve the line before and after it, as one step."""
 
         def serve_and_change(state: State) -> tuple[bool, T]:
             # Deleting what no document names has no effect that a second call could see.
             self._leases.sweep([record.get("lease") for record in records(state)])
             served = self._serve(state)
             changed, result = change(state)
+            if changed:
+                admit(state, timestamp())
             return changed or served, result
 
         return self._store.update(serve_and_change, instead_of_unusable)
@@ -1636,11 +1646,11 @@ def _check_seconds(parameter: str, value: object) -> None:
         raise _invalid(parameter, value, "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください")
 
 
-def _check_task_id(task_id: object) -> None:
-    problem = task_id_problem(task_id) if isinstance(task_id, str) else "が文字列ではありません"
+def _check_name(parameter: str, value: object) -> None:
+    problem = task_id_problem(value) if isinstance(value, str) else "が文字列ではありません"
     if problem:
         remedy = f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
-        raise _invalid("task_id", task_id, problem, remedy)
+        raise _invalid(parameter, value, problem, remedy)
 
 
 def _check_int(parameter: str, value: object, least: int, most: int | None) -> None:

@@ -260,6 +260,22 @@ def test_strange_things_among_the_leases_are_left_alone(pool: Path) -> None:
     assert sorted(leases(pool)) == ["0" * 32, "1" * 32, "2" * 32, "notes"]
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_ended_task_no_longer_says_which_server_this_machine_is(
+    pool: Path, gpus: int, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPUResourceManagerV01(pool, min_gpus=1)
+
+    def killed_at_work() -> None:
+        with GPUResourceManagerV01(pool).allocation("dead", 2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert children.run(killed_at_work) == -signal.SIGKILL
+    monkeypatch.setenv("GPU_RESOURCE_SERVER", "gpu-server-2")
+    with GPUResourceManagerV01(pool).allocation("task", gpus, 1) as held:
+        assert held["server_name"] == "gpu-server-2"
+
+
 def test_one_machine_is_one_server_even_if_two_ask_at_once(pool: Path, children: Children) -> None:
     GPUResourceManagerV01(pool)
     barrier = get_context("fork").Barrier(4)
