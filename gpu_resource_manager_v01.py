@@ -7,8 +7,8 @@ Three guarantees:
 * what a task bound to a lease holds comes back when its last process is gone, however it ended.
 
 The module reads from the ground up: constants, errors, the document (the state file *is* the data
-model), the decisions (pure functions on a private copy of it), this machine (whether the processes
-of a task live), the store (the only code that locks and writes the document), and at last
+model), the decisions (pure functions on a private copy of it), files, this machine (whether the
+processes of a task live), the store (the only code that locks and writes the document), and at last
 :class:`GPUResourceManagerV01`, a layer over the rooms below.
 
     >>> from gpu_resource_manager_v01 import GPUResourceManagerV01      # doctest: +SKIP
@@ -67,6 +67,10 @@ WAIT_RECHECK_S = 3.0
 # Characters that could move a cursor, end a line or reverse the text of a screen (C0, C1, line and
 # paragraph separators, bidirectional controls), and surrogates, which no valid text holds.
 _UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _printable(text: str) -> str:
+    return _UNSAFE_TEXT.sub("?", text)
 
 
 # --- Errors: asking, locking, storing -------------------------------------------------------------
@@ -393,6 +397,33 @@ def task_id_problem(task_id: str) -> str | None:
 
 
 # --- Decisions: pure functions, no file, clock, lock or process -----------------------------------
+
+
+def _check_seconds(parameter: str, value: object) -> None:
+    # ``<=`` is also false for NaN; a clock counts in floats.
+    if not (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value <= 1e9 or value == math.inf)
+    ):
+        raise _invalid(parameter, value, "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください")
+
+
+def _check_name(parameter: str, value: object) -> None:
+    problem = task_id_problem(value) if isinstance(value, str) else "が文字列ではありません"
+    if problem:
+        remedy = f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
+        raise _invalid(parameter, value, problem, remedy)
+
+
+def _check_int(parameter: str, value: object, least: int, most: int | None) -> None:
+    # Exactly int: ``True`` is one to isinstance.
+    if type(value) is not int or value < least or (most is not None and value > most):
+        limits = f"{least} 以上" if most is None else f"{least}-{most} "
+        raise _invalid(parameter, value, "が正しくありません", f"{limits}の整数を指定してください")
+
+
+def _invalid(parameter: str, value: object, problem: str, remedy: str) -> InvalidRequestError:
+    text = f"{parameter} {problem}: {value!r}\n  対処: {remedy}"
+    return InvalidRequestError(text, parameter=parameter, value=value)
 
 
 class Allocation(TypedDict):
@@ -804,6 +835,86 @@ def _utilization(available: int, total: int) -> str:
     return f"{100 * (total - available) / total if total else 0:.1f}%"
 
 
+# --- Files: what leases and the store have in common ----------------------------------------------
+
+_ASK_PERMISSIONS = "ディレクトリとファイルの権限を確認してください"
+_ASK_DIRECTORY = "状態ファイルのディレクトリが存在するか確認してください"
+_ASK_LOCAL_DISK = "ロックが使えるローカルディスク上のファイルを GPU_RESOURCE_FILE で指定してください"
+_REMEDIES = {
+    errno.ENOSPC: "ディスクの空き容量を増やしてから再実行してください",
+    errno.EDQUOT: "ディスクの割り当て (quota) を確認してから再実行してください",
+    errno.EFBIG: "ファイルサイズの制限 (ulimit -f) を確認してから再実行してください",
+    errno.EMFILE: "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください",
+    errno.EACCES: _ASK_PERMISSIONS,
+    errno.EPERM: _ASK_PERMISSIONS,
+    errno.EROFS: _ASK_PERMISSIONS,
+    errno.ENOENT: _ASK_DIRECTORY,
+    errno.ENOTDIR: _ASK_DIRECTORY,
+    errno.ENOLCK: _ASK_LOCAL_DISK,
+    errno.EBADF: _ASK_LOCAL_DISK,  # an exclusive lock refused on what is open for reading only
+}
+
+
+def _os_reason(error: OSError) -> str:
+    place = f": {os.fsdecode(error.filename)}" if error.filename else ""
+    return f"{error.strerror or error}{place}"
+
+
+def _open_directory(directory: str) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _open_temporary(target: str) -> tuple[str, int]:
+    """Make the one temporary file for ``target`` anew, sweeping what a killed writer may have left."""
+    directory, name = os.path.split(target)
+    temporary = os.path.join(directory, f".{name.lstrip('.')}.tmp")
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _share_with_group(descriptor: int, directory: str, mode: int = 0o660) -> None:
+    """Let the group of a directory that it may write use this new file too, whatever the umask.
+
+    Others may then read exactly if they may list the directory. Elsewhere the umask holds.
+    """
+    parent = os.stat(directory)
+    if not parent.st_mode & stat.S_IWGRP:
+        return
+    if os.fstat(descriptor).st_gid != parent.st_gid:  # no set-group-ID bit on the directory
+        try:
+            os.fchown(descriptor, -1, parent.st_gid)
+        except PermissionError:
+            return  # we are not in that group, so it is not ours to share with
+    # Others get what the directory gives them, but never the right to write.
+    os.fchmod(descriptor, mode | (parent.st_mode & (mode >> 3) & (stat.S_IROTH | stat.S_IXOTH)))
+
+
+def _keep_aside(path: str, aside: str) -> None:
+    try:
+        # A second name, so that a crash ahead of the replacement leaves the file in its place too.
+        os.link(path, aside, follow_symlinks=False)
+    except FileNotFoundError:  # it vanished: nothing is to be kept
+        pass
+    except OSError:  # a directory, or a file system without hard links
+        os.rename(path, aside)
+
+
+def _aside_name(path: str) -> str:
+    """Return a name that is not taken; called with the directory locked."""
+    base = name = f"{path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+    number = 1
+    while os.path.lexists(name):
+        number += 1
+        name = f"{base}-{number}"
+    return name
+
+
+def timestamp() -> str:
+    """Return the local time, ISO 8601 to the second. Information only: no decision depends on it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
 # --- This machine and its processes ---------------------------------------------------------------
 
 
@@ -924,10 +1035,6 @@ def _user_name(uid: int) -> str:
         return _printable(pwd.getpwuid(uid).pw_name)
     except KeyError:  # a container may run as a user without a name
         return str(uid)
-
-
-def _printable(text: str) -> str:
-    return _UNSAFE_TEXT.sub("?", text)
 
 
 # --- The store: the only code that locks, reads and writes ----------------------------------------
@@ -1190,84 +1297,6 @@ class JsonFileStore:
     def _error(self, kind: type[StateFileError], reason: str, remedy: str) -> StateFileError:
         text = f"状態ファイルのエラー: {self.path}\n  原因: {reason}\n  対処: {remedy}"
         return kind(text, path=self.path, reason=reason, remedy=remedy)
-
-
-_ASK_PERMISSIONS = "ディレクトリとファイルの権限を確認してください"
-_ASK_DIRECTORY = "状態ファイルのディレクトリが存在するか確認してください"
-_ASK_LOCAL_DISK = "ロックが使えるローカルディスク上のファイルを GPU_RESOURCE_FILE で指定してください"
-_REMEDIES = {
-    errno.ENOSPC: "ディスクの空き容量を増やしてから再実行してください",
-    errno.EDQUOT: "ディスクの割り当て (quota) を確認してから再実行してください",
-    errno.EFBIG: "ファイルサイズの制限 (ulimit -f) を確認してから再実行してください",
-    errno.EMFILE: "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください",
-    errno.EACCES: _ASK_PERMISSIONS,
-    errno.EPERM: _ASK_PERMISSIONS,
-    errno.EROFS: _ASK_PERMISSIONS,
-    errno.ENOENT: _ASK_DIRECTORY,
-    errno.ENOTDIR: _ASK_DIRECTORY,
-    errno.ENOLCK: _ASK_LOCAL_DISK,
-    errno.EBADF: _ASK_LOCAL_DISK,  # an exclusive lock refused on what is open for reading only
-}
-
-
-def _os_reason(error: OSError) -> str:
-    place = f": {os.fsdecode(error.filename)}" if error.filename else ""
-    return f"{error.strerror or error}{place}"
-
-
-def _open_directory(directory: str) -> int:
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _open_temporary(target: str) -> tuple[str, int]:
-    """Make the one temporary file for ``target`` anew, sweeping what a killed writer may have left."""
-    directory, name = os.path.split(target)
-    temporary = os.path.join(directory, f".{name.lstrip('.')}.tmp")
-    with suppress(FileNotFoundError):
-        os.unlink(temporary)
-    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-
-
-def _share_with_group(descriptor: int, directory: str, mode: int = 0o660) -> None:
-    """Let the group of a directory that it may write use this new file too, whatever the umask.
-
-    Others may then read exactly if they may list the directory. Elsewhere the umask holds.
-    """
-    parent = os.stat(directory)
-    if not parent.st_mode & stat.S_IWGRP:
-        return
-    if os.fstat(descriptor).st_gid != parent.st_gid:  # no set-group-ID bit on the directory
-        try:
-            os.fchown(descriptor, -1, parent.st_gid)
-        except PermissionError:
-            return  # we are not in that group, so it is not ours to share with
-    # Others get what the directory gives them, but never the right to write.
-    os.fchmod(descriptor, mode | (parent.st_mode & (mode >> 3) & (stat.S_IROTH | stat.S_IXOTH)))
-
-
-def _keep_aside(path: str, aside: str) -> None:
-    try:
-        # A second name, so that a crash ahead of the replacement leaves the file in its place too.
-        os.link(path, aside, follow_symlinks=False)
-    except FileNotFoundError:  # it vanished: nothing is to be kept
-        pass
-    except OSError:  # a directory, or a file system without hard links
-        os.rename(path, aside)
-
-
-def _aside_name(path: str) -> str:
-    """Return a name that is not taken; called with the directory locked."""
-    base = name = f"{path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
-    number = 1
-    while os.path.lexists(name):
-        number += 1
-        name = f"{base}-{number}"
-    return name
-
-
-def timestamp() -> str:
-    """Return the local time, ISO 8601 to the second. Information only: no decision depends on it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 # --- The manager ----------------------------------------------------------------------------------
@@ -1636,30 +1665,3 @@ class GPUResourceManagerV01:
         if ended:
             logger.info("終了したタスクを回収しました: %s", ended)
         return admit(state, timestamp()) or bool(ended)
-
-
-def _check_seconds(parameter: str, value: object) -> None:
-    # ``<=`` is also false for NaN; a clock counts in floats.
-    if not (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and (0 <= value <= 1e9 or value == math.inf)
-    ):
-        raise _invalid(parameter, value, "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください")
-
-
-def _check_name(parameter: str, value: object) -> None:
-    problem = task_id_problem(value) if isinstance(value, str) else "が文字列ではありません"
-    if problem:
-        remedy = f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
-        raise _invalid(parameter, value, problem, remedy)
-
-
-def _check_int(parameter: str, value: object, least: int, most: int | None) -> None:
-    # Exactly int: ``True`` is one to isinstance.
-    if type(value) is not int or value < least or (most is not None and value > most):
-        limits = f"{least} 以上" if most is None else f"{least}-{most} "
-        raise _invalid(parameter, value, "が正しくありません", f"{limits}の整数を指定してください")
-
-
-def _invalid(parameter: str, value: object, problem: str, remedy: str) -> InvalidRequestError:
-    text = f"{parameter} {problem}: {value!r}\n  対処: {remedy}"
-    return InvalidRequestError(text, parameter=parameter, value=value)
