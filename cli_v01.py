@@ -179,6 +179,25 @@ _FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, sign
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
 
 
+def spawn(job: list[str], environment: Mapping[str, str], mask: set[int | signal.Signals]) -> int:
+    """Start a command as a shell would, with this signal mask, and return its pid."""
+    from shutil import which
+
+    # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
+    restored = [signal.SIGPIPE, signal.SIGXFSZ]
+    try:
+        return os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
+    except OSError as error:
+        script = which(job[0])
+        if error.errno == errno.ENOEXEC and script is not None:  # without "#!", which every shell runs
+            shell = ["sh", script, *job[1:]]
+            return os.posix_spawn("/bin/sh", shell, environment, setsigmask=mask, setsigdef=restored)
+        # A directory of PATH that we may not search makes the search end with EACCES as well.
+        if "/" not in job[0] and which(job[0], os.F_OK) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+        raise
+
+
 def run_job(job: list[str], environment: Mapping[str, str]) -> int:
     """Run a command as a shell would, forwarding signals to it, and return its exit code.
 
@@ -186,30 +205,15 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
     shell handles both of us as one. So what the terminal sends is not forwarded, but what ``kill`` sends
     to us is.
     """
-    from shutil import which
-
     watched = _FORWARDED | {signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of the end
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
-        # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
-        restored = [signal.SIGPIPE, signal.SIGXFSZ]
         try:
-            try:
-                pid = os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
-            except OSError as error:
-                script = which(job[0])
-                if error.errno != errno.ENOEXEC or script is None:
-                    raise
-                # A script without "#!", which every shell runs.
-                pid = os.posix_spawn(
-                    "/bin/sh", ["sh", script, *job[1:]], environment, setsigmask=mask, setsigdef=restored
-                )
+            pid = spawn(job, environment, mask)
         except OSError as error:
             show_error(f"✗ コマンドを実行できません: {job[0]}: {error.strerror}")
-            # A directory of PATH that we may not search makes the search end with EACCES as well.
-            missing = "/" not in job[0] and which(job[0], os.F_OK) is None
-            return EXIT_NOT_FOUND if missing or isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
+            return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
         while True:
             received = signal.sigwaitinfo(watched)
             if received.si_signo != signal.SIGCHLD:
@@ -379,6 +383,8 @@ def detected_server() -> ServerDescription:
     :raises Refusal: the number of GPUs cannot be known here, or it is 0.
     """
 
+    from gpu_resource_manager_v01 import host_name
+
     def refusal(problem: str, remedy: str) -> Refusal:
         remedy += "--init --server NAME:GPUS:CPUS で台数を指定してください"
         return Refusal(EXIT_USAGE, "detection_failed", f"{problem}\n  対処: {remedy}")
@@ -398,7 +404,7 @@ def detected_server() -> ServerDescription:
         raise refusal(f"GPU の数が分かりません: NVML: {error}", "ドライバを確認するか、") from error
     if not gpus:
         raise refusal("この計算機に NVIDIA GPU はありません", "")
-    return os.uname().nodename, gpus, os.cpu_count() or 1
+    return host_name(), gpus, os.cpu_count() or 1
 
 
 def build_parser() -> Parser:
@@ -419,20 +425,11 @@ def build_parser() -> Parser:
     add_command("--init", cmd_init, "状態ファイルがなければ作成する")
     add_command("--status", cmd_status, "リソース状態を表示する")
     add_command("--detail", cmd_detail, "サーバーとタスクの詳細を表示する")
-    commands.add_argument(
-        "--allocate",
-        nargs=3,
-        action="append",
-        metavar=("TASK_ID", "GPUS", "CPUS"),
-        help="タスクに GPU (2-8) と CPU (1-64) を割り当てる",
-    )
-    commands.add_argument(
-        "--run",
-        nargs=3,
-        action="append",
-        metavar=("TASK_ID", "GPUS", "CPUS"),
-        help="-- に続くコマンドをこの計算機の GPU で実行し、終わったら解放する",
-    )
+    for option, text in (
+        ("--allocate", "タスクに GPU (2-8) と CPU (1-64) を割り当てる"),
+        ("--run", "-- に続くコマンドをこの計算機の GPU で実行し、終わったら解放する"),
+    ):
+        commands.add_argument(option, nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"), help=text)
     commands.add_argument("--release", action="append", metavar="TASK_ID", help="タスクのリソースを解放する")
     add_command("--reset", cmd_reset, "すべてのタスクの記録を消す (確認あり)")
     commands.add_argument("--version", action="store_true", help="バージョンを表示する")
@@ -564,7 +561,8 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
     parser = build_parser()
     args = parse(parser, words, job)
     if (args.command is None and not args.version) or args.help:
-        return Answer(EXIT_OK, parser.format_help().rstrip(), {"help": parser.format_help()})
+        text = parser.format_help()
+        return Answer(EXIT_OK, text.rstrip(), {"help": text})
     if args.version:
         return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
     try:

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -15,7 +13,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, Children, names, running
+from conftest import Children, names, running
+from screens import cli
 
 from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01
 
@@ -44,14 +43,6 @@ class Claims:
             (self.directory / f"{server}-{gpu}").unlink()
 
 
-def cli(*args: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, str(PROJECT / "cli_v01.py"), *args], capture_output=True, encoding="utf-8", check=False
-    )
-    assert result.returncode == code or (code is None and result.returncode in (0, 1)), result
-    return result
-
-
 def through_api(pool: Path, claims: Claims, all_released: Barrier, worker: int) -> None:
     manager = GPUResourceManagerV01(pool)
     rng = random.Random(worker)
@@ -70,8 +61,10 @@ def through_api(pool: Path, claims: Claims, all_released: Barrier, worker: int) 
 def through_cli(claims: Claims, all_released: Barrier, worker: int) -> None:
     for number in range(CLI_ROUNDS):
         task_id = f"cli-{worker}-{number}"
-        if cli("--allocate", task_id, "2", "1", code=None).returncode == 1:
+        result = cli("--allocate", task_id, "2", "1")
+        if result.code == 1:
             continue
+        assert result.code == 0, result
         detail = json.loads(Path(os.environ["GPU_RESOURCE_FILE"]).read_text("utf-8"))
         [(server, gpu_ids)] = [
             (server["server_name"], task["allocated_gpus"])
@@ -81,9 +74,9 @@ def through_cli(claims: Claims, all_released: Barrier, worker: int) -> None:
         ]
         claims.take(server, gpu_ids)
         claims.give_back(server, gpu_ids)
-        cli("--release", task_id)
+        assert cli("--release", task_id).code == 0
     all_released.wait()
-    cli("--allocate", f"kept-cli-{worker}", "2", "1")
+    assert cli("--allocate", f"kept-cli-{worker}", "2", "1").code == 0
 
 
 @pytest.mark.parametrize("lock_file_is_deleted_all_the_time", [False, True])
