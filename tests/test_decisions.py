@@ -519,7 +519,7 @@ WRONG_VALUES: dict[type, list[object]] = {
     str: ["a\nb", "\x1b[2J", "\u202e", "\ud800", 1, True, None, [], {}],
     list: [{}, "[]", 0, None, True],
 }
-WRONG_GPU_LISTS: list[object] = [[1, 0], [0, 0], [-1], [True], [0.0], ["0"], [None], [[0]], [{}]]
+WRONG_GPU_LISTS: list[object] = [[1, 0], [True], [0.0], ["0"], [None], [[0]], [{}]]
 
 
 def at(document: Any, path: tuple[str | int, ...]) -> Any:
@@ -571,6 +571,10 @@ def test_missing_or_wrong_value_is_refused_by_place_and_key(
         ((*SERVER, "available_gpus"), [0, 1, 5], ["servers[1]", "GPU"]),  # GPU 1 is held as well
         ((*SERVER, "available_gpus"), [0, 6], ["servers[1]", "GPU"]),  # the number is right, the index is not
         ((*SERVER, "available_gpus"), [5, 0], ["servers[1]", "available_gpus", "昇順"]),
+        ((*SERVER, "available_gpus"), [0, 0], ["servers[1]", "available_gpus"]),
+        ((*SERVER, "available_gpus"), [-1, 0], ["servers[1]", "available_gpus"]),
+        ((*TASK, "allocated_gpus"), [1, 1], ["servers[1]", "allocated_gpus"]),
+        ((*TASK, "allocated_gpus"), [-1, 1], ["servers[1]", "allocated_gpus"]),
         ((*SERVER, "total_cpus"), 10**12, ["servers[1]", "CPU"]),
         ((*SERVER, "available_cpus"), 3, ["servers[1]", "CPU"]),
         ((*SERVER, "available_cpus"), 5, ["servers[1]", "CPU"]),
