@@ -29,6 +29,7 @@ import pwd
 import re
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -58,7 +59,7 @@ RESOURCE_FILE_VARIABLE = "GPU_RESOURCE_FILE"
 #: environment variable that names the server of the pool that this machine is
 SERVER_VARIABLE = "GPU_RESOURCE_SERVER"
 DEFAULT_LOCK_TIMEOUT_S = 60.0
-#: seconds between two attempts to take a lock
+#: seconds between two attempts to take a lock, where no thread can wait for it
 LOCK_POLL_S = 0.001
 #: seconds between two looks of a waiter at the state file: at first, and at most when nothing changes
 WAIT_POLL_S = (0.1, 2.0)
@@ -1049,6 +1050,51 @@ def _flock(descriptor: int, operation: int) -> bool:
     return True
 
 
+def _lock_in_time(descriptor: int, deadline_s: float) -> bool:
+    """Lock an open file for us alone, waiting until ``deadline_s``; tell whether it was had.
+
+    The kernel lets those who wait have it in turn, without polling, but knows no time limit. So it is
+    waited for in a thread, which outlives a wait that was given up, and then frees what it gets.
+    """
+    # Imported here since a command that only reads has no use for it, and it is a large part of a start.
+    from filelock import lock_descriptor
+
+    if lock_descriptor(descriptor, blocking=False):
+        return True
+    given_up, done = threading.Event(), threading.Event()
+    failures: list[OSError] = []
+    own = os.dup(descriptor)  # the same lock, under a number that nobody closes and reuses meanwhile
+
+    def wait() -> None:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX)  # the same lock; ``lock_descriptor`` would poll
+            if given_up.is_set():
+                fcntl.flock(own, fcntl.LOCK_UN)
+        except OSError as error:
+            failures.append(error)
+        finally:
+            os.close(own)
+            done.set()
+
+    try:
+        threading.Thread(target=wait, daemon=True).start()
+    except RuntimeError:  # a limit of the user, or the interpreter is shutting down
+        os.close(own)
+        while not lock_descriptor(descriptor, blocking=False):
+            if time.monotonic() >= deadline_s:
+                return False
+            time.sleep(LOCK_POLL_S)
+        return True
+    try:
+        had = done.wait(min(max(0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX))
+    finally:
+        if not done.is_set():
+            given_up.set()
+    if failures:
+        raise failures[0]
+    return had
+
+
 def host_name() -> str:
     """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
@@ -1230,34 +1276,28 @@ class JsonFileStore:
         Every call opens descriptors of its own, so threads and forked children exclude each other
         like strangers.
         """
-        # Imported here since a command that only reads has no use for it, and it is a large part of a start.
-        from filelock import lock_descriptor, unlock_descriptor
-
         deadline_s = time.monotonic() + self.lock_timeout_s
         lock_file = os.path.join(directory, self.lock_name)
         held: list[int] = []
         try:
             for open_descriptor in (_open_directory, self._open_lock_file):
-                descriptor = open_descriptor(directory)
-                held.append(descriptor)
-                while not lock_descriptor(descriptor, blocking=False):
-                    if time.monotonic() >= deadline_s:
-                        raise LockTimeoutError(
-                            f"ロック取得タイムアウト\n  {lock_file} と {directory} のロックを"
-                            f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
-                            "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
-                            " (ロックファイルの削除は不要です)",
-                            lock_file=lock_file,
-                            timeout_s=self.lock_timeout_s,
-                        )
-                    time.sleep(LOCK_POLL_S)
+                held.append(open_descriptor(directory))
+                if not _lock_in_time(held[-1], deadline_s):
+                    raise LockTimeoutError(
+                        f"ロック取得タイムアウト\n  {lock_file} と {directory} のロックを"
+                        f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
+                        "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
+                        " (ロックファイルの削除は不要です)",
+                        lock_file=lock_file,
+                        timeout_s=self.lock_timeout_s,
+                    )
             yield held[0]
         finally:
             for descriptor in reversed(held):
                 # Unlocked by name, for a child forked meanwhile shares the lock through its copy of
                 # the descriptor. Should that fail, closing frees the lock in any other case.
                 with suppress(OSError):
-                    unlock_descriptor(descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
                 with suppress(OSError):
                     os.close(descriptor)
 
