@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import math
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
-if TYPE_CHECKING:  # imported where they are used: help and usage errors need neither
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # imports are most of a start, so the others stand where they are used
+    import signal
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, NoReturn, TextIO
+
     from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, ServerDescription, State, Summary
 
 EXIT_OK = 0
@@ -40,14 +41,13 @@ VERSION = "0.1"
 SCHEMA = 1
 
 
-class Answer(NamedTuple):
-    """What a command has to say."""
+class Answer:
+    """What a command has to say: exit code, text for people, and the same for programs (``--json``)."""
 
-    code: int
-    #: for people, on stdout
-    text: str
-    #: for programs, with ``--json``
-    result: Mapping[str, object]
+    def __init__(self, code: int, text: str, result: Mapping[str, object]) -> None:
+        self.code = code
+        self.text = text
+        self.result = result
 
 
 class Stopped(KeyboardInterrupt):
@@ -175,12 +175,12 @@ def quote(word: str) -> str:
 
 # --- Running a job ----------------------------------------------------------------------------------
 
-_FORWARDED = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
 
 
 def spawn(job: list[str], environment: Mapping[str, str], mask: set[int | signal.Signals]) -> int:
     """Start a command as a shell would, with this signal mask, and return its pid."""
+    import signal
     from shutil import which
 
     # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
@@ -205,7 +205,10 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
     shell handles both of us as one. So what the terminal sends is not forwarded, but what ``kill`` sends
     to us is.
     """
-    watched = _FORWARDED | {signal.SIGCHLD}
+    import signal
+
+    forwarded = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+    watched = forwarded | {signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of the end
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
@@ -232,6 +235,17 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def terminal_columns() -> int:
+    """Return what ``shutil.get_terminal_size`` would, whose import costs a third of a start of Python."""
+    columns = os.environ.get("COLUMNS", "")
+    if re.fullmatch("[1-9][0-9]{0,5}", columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size().columns or 80
+    except OSError:  # no terminal
+        return 80
+
+
 class WaitingLine:
     """One line on stderr about the place in the queue: rewritten on a terminal, else printed anew."""
 
@@ -243,9 +257,7 @@ class WaitingLine:
     def __call__(self, position: int, reason: str) -> None:
         text = f"待機中 ({position} 番目): {reason.splitlines()[0]}"
         if self.terminal:
-            from shutil import get_terminal_size
-
-            fits = (get_terminal_size().columns or 80) // 2  # Japanese letters take two columns each
+            fits = terminal_columns() // 2  # Japanese letters take two columns each
             print(f"\r\x1b[K{_UNSAFE.sub('?', text)[:fits]}", end="", file=sys.stderr, flush=True)
         elif not (self.once and self.shown):
             show_error(text)
@@ -351,6 +363,10 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
 
 
 class Parser(argparse.ArgumentParser):
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        # Of itself, argparse would import ``shutil`` even to take in an argument.
+        return argparse.HelpFormatter(self.prog, width=terminal_columns() - 2)
+
     def error(self, message: str) -> NoReturn:
         remedy = "python cli_v01.py --help で使い方を確認してください"
         raise Refusal(EXIT_USAGE, "usage", f"引数が正しくありません: {message}\n  対処: {remedy}")
@@ -438,7 +454,7 @@ def build_parser() -> Parser:
         "--wait",
         nargs="?",
         type=seconds,
-        const=math.inf,
+        const=float("inf"),
         metavar="SECONDS",
         help="--allocate と --run で、空くまで順番を待つ (秒数を省くと無期限)",
     )
@@ -565,6 +581,8 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
         return Answer(EXIT_OK, text.rstrip(), {"help": text})
     if args.version:
         return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
+    if __name__ == "__main__":  # not in a program that calls ``main``: there, signals are its own
+        end_waits_on_signals()
     try:
         import gpu_resource_manager_v01 as library
 
@@ -606,8 +624,8 @@ def classified(error: Exception, library: Any) -> tuple[int, str]:
 def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
     """Carry out one command and return its exit code and what goes to stdout."""
     try:
-        code, text, result = run(words, job)
-        return code, as_json({"ok": True, "result": result}) if "--json" in words else text
+        done = run(words, job)
+        return done.code, as_json({"ok": True, "result": done.result}) if "--json" in words else done.text
     except Refusal as refusal:
         refused = refusal
     except KeyboardInterrupt as stop:
@@ -655,12 +673,18 @@ def as_json(document: Mapping[str, object]) -> str:
     return json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False, default=str)
 
 
-def stop_like_ctrl_c(number: int, frame: object) -> NoReturn:
-    raise Stopped(128 + number)
+def end_waits_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end a wait like Ctrl-C, with its place in line given up."""
+    import signal
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise Stopped(128 + number)
+
+    for terminating in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(terminating) is signal.SIG_DFL:  # else somebody, such as nohup, ignores it for us
+            signal.signal(terminating, stop)
 
 
 if __name__ == "__main__":
-    for terminating in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(terminating) is signal.SIG_DFL:  # else somebody, such as nohup, ignores it for us
-            signal.signal(terminating, stop_like_ctrl_c)
-    sys.exit(main())
+    # All is written and flushed. To take the interpreter apart, import by import, is a tenth of a start.
+    os._exit(main())
