@@ -1,0 +1,457 @@
+#!/usr/bin/env python3
+"""Measure the tool against what this machine can do at all; print one table of ratios.
+
+    python benchmarks/run.py [TRACE.csv] [--rounds N] [--seconds S] [--directory DIR] [--json FILE]
+
+Each row is measured side by side with its own floor, in turns, in one run: only the ratios mean
+anything elsewhere. Give ``--directory`` on the disk that will hold the state file. A ratio below 1 is
+better than the floor; of changes per second, more is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpu_resource_manager_v01 import (
+    GPUResourceManagerV01,
+    JsonFileStore,
+    Leases,
+    Request,
+    State,
+    ask,
+    decode_state,
+    encode_state,
+    new_state,
+    place,
+    reclaim,
+    timestamp,
+)
+
+CLI = str(Path(__file__).resolve().parent.parent / "cli_v01.py")
+#: GPUs and CPUs of two tasks of each server; with one more GPU on every other one, 5.5 of 8 GPUs are held
+FILL = ((2, 8), (3, 8))
+
+
+class Row(NamedTuple):
+    section: str
+    what: str
+    floor: str
+    unit: str
+    median: float
+    low: float
+    high: float
+    floor_median: float
+
+    @property
+    def ratio(self) -> float:
+        return self.median / self.floor_median
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return how many milliseconds ``work`` takes."""
+    started_s = time.perf_counter()
+    work()
+    return (time.perf_counter() - started_s) * 1000
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Return the median and the 10th and 90th percentile."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+
+
+def pool(path: Path, servers: int) -> Path:
+    """Write a pool that is 70 % full."""
+    state = new_state(servers)
+    for number, server in enumerate(state["servers"]):
+        for position, (gpus, cpus) in enumerate((*FILL, (1, 1)) if number % 2 else FILL):
+            place(server, f"job-{number}-{position}", gpus, cpus, timestamp())
+    path.write_bytes(encode_state(state))
+    return path
+
+
+# --- (a) start ------------------------------------------------------------------------------------
+
+
+def starts(directory: Path, rounds: int) -> Iterator[Row]:
+    small, large = pool(directory / "small.json", 4), pool(directory / "large.json", 1000)
+    read = "import json; json.loads(open({!r}).read())"
+
+    def python(*words: str, path: Path = small) -> float:
+        environment = {**os.environ, "GPU_RESOURCE_FILE": str(path)}
+        return timed(lambda: subprocess.run([sys.executable, *words], env=environment, capture_output=True))  # noqa: S603
+
+    cases: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = []
+    for words, imports in (
+        (["--help"], "argparse, json"),
+        (["--unknown"], "argparse, json"),
+        (["--status"], "argparse, json, tabulate"),
+        (["--allocate", "bench", "2", "1"], "argparse, json, filelock"),
+        (["--release", "bench"], "argparse, json, filelock"),
+    ):
+        cases.append(
+            (
+                f"{words[0]}, 4 servers",
+                f"import {imports}",
+                partial(python, CLI, *words),
+                partial(python, "-c", f"import {imports}"),
+            )
+        )
+    cases.append(
+        (
+            "--status, 4 servers",
+            "import json; json.loads(…)",
+            lambda: python(CLI, "--status"),
+            lambda: python("-c", read.format(str(small))),
+        )
+    )
+
+    def allocate_and_release(path: Path) -> float:
+        cost = python(CLI, "--allocate", "bench-size", "2", "1", path=path)
+        python(CLI, "--release", "bench-size", path=path)
+        return cost
+
+    cases.append(
+        (
+            "--allocate, 1000 servers",
+            "--allocate, 4 servers",
+            lambda: allocate_and_release(large),
+            lambda: allocate_and_release(small),
+        )
+    )
+    found: list[tuple[list[float], list[float]]] = [([], []) for _ in cases]
+    for _ in range(rounds):
+        for (_, _, ours, floor), (costs, floors) in zip(cases, found, strict=True):
+            costs.append(ours())
+            floors.append(floor())
+    for (what, against, _, _), (costs, floors) in zip(cases, found, strict=True):
+        yield Row("start", what, against, "ms", *spread(costs), statistics.median(floors))
+
+
+# --- (b) a durable change -------------------------------------------------------------------------
+
+
+def write_durably(directory: str, data: bytes) -> None:
+    """Do the least that makes ``data`` the content of a file for good."""
+    temporary = os.path.join(directory, "floor.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(descriptor, data)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    os.replace(temporary, os.path.join(directory, "floor"))
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class SQLite:
+    """The same job in SQLite, with a connection that stays open."""
+
+    def __init__(self, path: Path, servers: int, journal: str, synchronous: str) -> None:
+        self.connection = sqlite3.connect(path, isolation_level=None)
+        self.connection.execute(f"PRAGMA journal_mode={journal}")
+        self.connection.execute(f"PRAGMA synchronous={synchronous}")
+        self.connection.execute("CREATE TABLE servers (id INTEGER PRIMARY KEY, gpus TEXT, free INTEGER, cpus INTEGER)")
+        self.connection.execute(
+            "CREATE TABLE tasks (task_id TEXT PRIMARY KEY, server INTEGER, gpus TEXT, cpus INTEGER, start TEXT)"
+        )
+        with self.connection:
+            self.connection.executemany(
+                "INSERT INTO servers VALUES (?, '[5, 6, 7]', 3, 48)", [(number,) for number in range(servers)]
+            )
+            self.connection.executemany(
+                "INSERT INTO tasks VALUES (?, ?, '[0, 1]', 8, ?)",
+                [(f"job-{number}-{task}", number, timestamp()) for number in range(servers) for task in range(2)],
+            )
+
+    def allocate(self, task_id: str, gpus: int, cpus: int) -> None:
+        run = self.connection.execute
+        run("BEGIN IMMEDIATE")
+        server, free = run(
+            "SELECT id, gpus FROM servers WHERE free >= ? AND cpus >= ? ORDER BY id LIMIT 1", (gpus, cpus)
+        ).fetchone()
+        indices = json.loads(free)
+        run(
+            "UPDATE servers SET gpus = ?, free = free - ?, cpus = cpus - ? WHERE id = ?",
+            (json.dumps(indices[gpus:]), gpus, cpus, server),
+        )
+        taken = json.dumps(indices[:gpus])
+        run("INSERT INTO tasks VALUES (?, ?, ?, ?, ?)", (task_id, server, taken, cpus, timestamp()))
+        run("COMMIT")
+
+    def release(self, task_id: str) -> None:
+        run = self.connection.execute
+        run("BEGIN IMMEDIATE")
+        server, held, cpus = run("SELECT server, gpus, cpus FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+        (free,) = run("SELECT gpus FROM servers WHERE id = ?", (server,)).fetchone()
+        indices = sorted(json.loads(free) + json.loads(held))
+        run(
+            "UPDATE servers SET gpus = ?, free = ?, cpus = cpus + ? WHERE id = ?",
+            (json.dumps(indices), len(indices), cpus, server),
+        )
+        run("DELETE FROM tasks WHERE task_id = ?", (task_id,))
+        run("COMMIT")
+
+
+def changes(directory: Path, rounds: int) -> Iterator[Row]:
+    for servers in (4, 100, 1000):
+        place_of = directory / f"change-{servers}"
+        place_of.mkdir()
+        path = pool(place_of / "state.json", servers)
+        manager = GPUResourceManagerV01(path)
+        rollback = SQLite(place_of / "rollback.db", servers, "DELETE", "EXTRA")
+        log = SQLite(place_of / "wal.db", servers, "WAL", "FULL")
+        costs: dict[str, list[float]] = {}
+
+        def note(name: str, work: Callable[[], object], costs: dict[str, list[float]] = costs) -> None:
+            costs.setdefault(name, []).append(timed(work))
+
+        for number in range(rounds + 2):  # the first two warm up
+            data = path.read_bytes()
+            if number == 2:
+                costs.clear()
+            note("floor", partial(write_durably, str(place_of), data))
+            note("allocate", partial(manager.allocate_resources, "bench", 2, 1))
+            note("release", partial(manager.release_resources, "bench"))
+            for name, other in (("rollback", rollback), ("WAL", log)):
+                note(name, partial(other.allocate, "bench", 2, 1))
+                other.release("bench")
+        floor = statistics.median(costs["floor"])
+        yield Row(
+            "change",
+            f"allocate, {servers} servers",
+            "write+fsync+rename+fsync",
+            "ms",
+            *spread(costs["allocate"]),
+            floor,
+        )
+        yield Row(
+            "change", f"release, {servers} servers", "write+fsync+rename+fsync", "ms", *spread(costs["release"]), floor
+        )
+        for name, what in (("rollback", "SQLite rollback, EXTRA"), ("WAL", "SQLite WAL, FULL")):
+            yield Row(
+                "change",
+                f"allocate, {servers} servers",
+                what,
+                "ms",
+                *spread(costs["allocate"]),
+                statistics.median(costs[name]),
+            )
+
+
+# --- (c) contention -------------------------------------------------------------------------------
+
+
+class BareFlockStore(JsonFileStore):
+    """The floor: the same change under one blocking ``flock``, without a time limit."""
+
+    @contextmanager
+    def _locked(self, directory: str) -> Iterator[int]:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def contend(path: Path, bare: bool, seconds: float, name: str, barrier: Any, answers: Any) -> None:
+    """Allocate and release in turns: once if ``seconds`` is 0, else for that long."""
+    manager = GPUResourceManagerV01(path)
+    if bare:
+        manager._store.__class__ = BareFlockStore
+    barrier.wait()
+    waits: list[float] = []
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    started_s = now_s = time.monotonic()
+    while not waits or now_s - started_s < seconds:
+        if len(waits) % 2:
+            manager.release_resources(name)
+        else:
+            manager.allocate_resources(name, 2, 1)
+        waits.append(time.monotonic() - now_s)
+        now_s += waits[-1]
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    answers.put((started_s, now_s, waits, cpu_s))
+
+
+def contention(directory: Path, processes: int, seconds: float, bare: bool) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=directory) as place_of:
+        path = Path(place_of) / "state.json"
+        path.write_bytes(encode_state(new_state(max(4, processes // 4))))
+        context = multiprocessing.get_context("fork")
+        barrier, answers = context.Barrier(processes), context.Queue()
+        workers = [
+            context.Process(target=contend, args=(path, bare, seconds, f"task-{number}", barrier, answers))
+            for number in range(processes)
+        ]
+        for worker in workers:
+            worker.start()
+        found = [answers.get() for _ in workers]
+        for worker in workers:
+            worker.join()
+    waits = sorted(wait for _, _, some, _ in found for wait in some)
+    took_s = max(end for _, end, _, _ in found) - min(start for start, _, _, _ in found)
+    counts = [len(some) for _, _, some, _ in found]
+    return {
+        "changes/s": len(waits) / took_s,
+        "median wait, ms": 1000 * statistics.median(waits),
+        "99th percentile, ms": 1000 * waits[int(0.99 * (len(waits) - 1))],
+        "longest wait, ms": 1000 * waits[-1],
+        "CPU per change, ms": 1000 * sum(cpu_s for _, _, _, cpu_s in found) / len(waits),
+        "slowest/fastest process": min(counts) / max(counts),
+    }
+
+
+def contentions(directory: Path, rounds: int, seconds: float) -> Iterator[Row]:
+    for processes in (2, 8, 32):
+        for form, limit_s, repeats in (("at once", 0.0, rounds), ("closed loop", seconds, max(1, rounds // 10))):
+            found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+            for _ in range(repeats):
+                for bare in (True, False):
+                    found[bare].append(contention(directory, processes, limit_s, bare))
+            for figure in found[False][0]:
+                if form == "at once" and figure.startswith("slowest"):
+                    continue  # everybody makes one change
+                ours, floors = ([one[figure] for one in found[bare]] for bare in (False, True))
+                what = f"{processes} processes {form}: {figure.partition(', ')[0]}"
+                unit = figure.partition(", ")[2] or ("/s" if figure.endswith("/s") else "")
+                yield Row("contention", what, "bare blocking flock", unit, *spread(ours), statistics.median(floors))
+
+
+# --- (d) reads, (e) scaling -----------------------------------------------------------------------
+
+
+def reads(directory: Path, rounds: int) -> Iterator[Row]:
+    for servers in (4, 100, 1000):
+        path = pool(directory / f"read-{servers}.json", servers)
+        manager = GPUResourceManagerV01(path)
+        data = path.read_bytes()
+        ours, floors = [], []
+        for _ in range(rounds):
+            ours.append(timed(manager.get_resource_summary))
+            floors.append(timed(partial(json.loads, data)))
+        what = f"get_resource_summary, {servers} servers"
+        yield Row("read", what, "json.loads", "ms", *spread(ours), statistics.median(floors))
+
+
+def growth(costs: dict[int, float]) -> float:
+    """Return the exponent of the power of the size that fits the costs best: 1 is linear."""
+    xs, ys = [math.log(size) for size in costs], [math.log(cost) for cost in costs.values()]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def scaling(directory: Path, rounds: int) -> Iterator[Row]:
+    by_servers: dict[int, float] = {}
+    for servers in (125, 250, 500, 1000):
+        manager = GPUResourceManagerV01(pool(directory / f"scale-{servers}.json", servers))
+        costs = []
+        for _ in range(rounds):
+            costs.append(timed(partial(manager.allocate_resources, "bench", 2, 1)))
+            manager.release_resources("bench")
+        by_servers[servers] = statistics.median(costs)
+    by_tasks: dict[int, float] = {}
+    for tasks in (125, 250, 500, 1000):
+        state = new_state(2, 1024, 65536)
+        for number in range(tasks):
+            place(state["servers"][0], f"job-{number}", 1, 1, timestamp())
+        path = directory / f"tasks-{tasks}.json"
+        path.write_bytes(encode_state(state))
+        manager = GPUResourceManagerV01(path)
+        costs = []
+        for _ in range(rounds):
+            costs.append(timed(partial(manager.allocate_resources, "bench", 2, 1)))
+            manager.release_resources("bench")
+        by_tasks[tasks] = statistics.median(costs)
+    for what, found in (("servers", by_servers), ("tasks of one server", by_tasks)):
+        exponent = growth(found)
+        yield Row("scaling", f"exponent of growth with {what}", "linear", "", exponent, exponent, exponent, 1.0)
+    data = (directory / "scale-1000.json").read_bytes()
+    never_free = Leases(str(directory / "none")).is_ended
+    request: Request = {
+        "task_id": "bench",
+        "required_gpus": 2,
+        "required_cpus": 1,
+        "prefer_server_id": None,
+        "only_server_name": None,
+        "passed_over": 0,
+    }
+    costs = []
+    for _ in range(rounds):
+        state = decode_state(data)
+
+        def decide(state: State = state) -> None:
+            reclaim(state, never_free)
+            ask(state, request, "", False, False)
+
+        costs.append(timed(decide))
+    yield Row("scaling", "decisions, 1000 servers", "the whole change", "ms", *spread(costs), by_servers[1000])
+
+
+# --- (f) replay, and the table --------------------------------------------------------------------
+
+
+def replays(trace: Path, rounds: int) -> Iterator[Row]:
+    from replay import read_trace, replay
+
+    jobs = read_trace(trace)
+    costs = [timed(lambda: replay(jobs)) for _ in range(min(rounds, 5))]
+    yield Row("replay", f"{len(jobs)} jobs (all figures: replay.py)", "1 second", "ms", *spread(costs), 1000.0)
+
+
+def show(row: Row) -> None:
+    name = f"{row.section:<11}{row.what:<49}{row.floor:<31}"
+    spread_of = f"{row.median:>12.2f} {row.unit:<3}{row.low:>10.2f}{row.high:>10.2f}"
+    print(f"{name}{row.ratio:>7.2f}{spread_of}{row.floor_median:>12.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path, nargs="?", metavar="TRACE.csv")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a closed loop")
+    parser.add_argument("--directory", type=Path, help="where to write; by default the temporary directory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    print(f"{'':<11}{'ours':<49}{'floor':<31}{'ratio':>7}{'median':>12}    {'10 %':>10}{'90 %':>10}{'floor':>12}")
+    with tempfile.TemporaryDirectory(dir=args.directory) as name:
+        directory = Path(name)
+        for section in (
+            starts(directory, args.rounds),
+            changes(directory, args.rounds),
+            contentions(directory, args.rounds, args.seconds),
+            reads(directory, args.rounds),
+            scaling(directory, args.rounds),
+            replays(args.trace, args.rounds) if args.trace else (),
+        ):
+            for row in section:
+                rows.append(row)
+                show(row)
+    if args.json:
+        document = [{**row._asdict(), "ratio": row.ratio} for row in rows]
+        args.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
