@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["filelock>=3.30", "tabulate[widechars]>=0.9"]
+# dependencies = ["filelock>=3.30", "tabulate[widechars]>=0.9", "wcwidth<0.3"]
 # ///
 """Command line of the GPU resource manager: parse, call the library, show the answer.
 
@@ -21,7 +21,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # imports are most of a start, so the others stand where they are used
     import signal
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any, NoReturn, TextIO
 
     from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, ServerDescription, State, Summary
@@ -170,7 +170,8 @@ def render_failed_export(code: int) -> str:
 
 def quote(word: str) -> str:
     """Quote ``word`` for a POSIX shell, but only if it needs it: Japanese letters do not."""
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"
+    plain = word and all(letter.isalnum() or letter in "_@%+=:,./-" for letter in word)
+    return word if plain else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 # --- Running a job ----------------------------------------------------------------------------------
@@ -235,17 +236,6 @@ def run_job(job: list[str], environment: Mapping[str, str]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def terminal_columns() -> int:
-    """Return what ``shutil.get_terminal_size`` would, whose import costs a third of a start of Python."""
-    columns = os.environ.get("COLUMNS", "")
-    if re.fullmatch("[1-9][0-9]{0,5}", columns):
-        return int(columns)
-    try:
-        return os.get_terminal_size().columns or 80
-    except OSError:  # no terminal
-        return 80
-
-
 class WaitingLine:
     """One line on stderr about the place in the queue: rewritten on a terminal, else printed anew."""
 
@@ -257,8 +247,10 @@ class WaitingLine:
     def __call__(self, position: int, reason: str) -> None:
         text = f"待機中 ({position} 番目): {reason.splitlines()[0]}"
         if self.terminal:
-            fits = terminal_columns() // 2  # Japanese letters take two columns each
-            print(f"\r\x1b[K{_UNSAFE.sub('?', text)[:fits]}", end="", file=sys.stderr, flush=True)
+            from shutil import get_terminal_size
+
+            fits = get_terminal_size().columns // 2  # Japanese letters take two columns each
+            print(f"\r\x1b[K{safe(text)[:fits]}", end="", file=sys.stderr, flush=True)
         elif not (self.once and self.shown):
             show_error(text)
         self.shown = True
@@ -364,23 +356,28 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
 
 class Parser(argparse.ArgumentParser):
     def _get_formatter(self) -> argparse.HelpFormatter:
-        # Of itself, argparse would import ``shutil`` even to take in an argument.
-        return argparse.HelpFormatter(self.prog, width=terminal_columns() - 2)
+        # Asked for at every argument; without a width it would import ``shutil`` to look at the terminal.
+        return argparse.HelpFormatter(self.prog, width=80)
 
     def error(self, message: str) -> NoReturn:
         remedy = "python cli_v01.py --help で使い方を確認してください"
         raise Refusal(EXIT_USAGE, "usage", f"引数が正しくありません: {message}\n  対処: {remedy}")
 
 
+def is_number(text: str, digits: int = 9) -> bool:
+    """Tell whether ``int`` takes it, and not because it takes "1_0", " 4" and digits of other scripts too."""
+    return text.isascii() and text.isdigit() and len(text) <= digits
+
+
 def integer(text: str) -> int:
-    """Read a plain decimal number; ``int`` alone would take "1_0", " 4" and digits of other scripts."""
-    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+    if not is_number(text.removeprefix("-")):
         raise argparse.ArgumentTypeError(f"整数ではありません: {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+    whole, point, fraction = text.partition(".")
+    if not is_number(whole) or (point and not is_number(fraction)):
         raise argparse.ArgumentTypeError(f"秒数ではありません: {text!r}")
     return float(text)
 
@@ -423,64 +420,69 @@ def detected_server() -> ServerDescription:
     return host_name(), gpus, os.cpu_count() or 1
 
 
+#: as it is, for to let argparse format it costs a fifth of a start
+HELP = """\
+usage: cli_v01.py コマンド [オプション]
+
+GPU リソースマネージャー: 数台の GPU サーバーを数人で共有する
+
+コマンド:
+  --init                           状態ファイルがなければ作成する
+  --status                         リソース状態を表示する
+  --detail                         サーバーとタスクの詳細を表示する
+  --allocate TASK_ID GPUS CPUS     タスクに GPU (2-8) と CPU (1-64) を割り当てる
+  --run TASK_ID GPUS CPUS -- コマンド …
+                                   コマンドをこの計算機の GPU で実行し、終わったら解放する
+  --release TASK_ID                タスクのリソースを解放する
+  --reset                          すべてのタスクの記録を消す (確認あり)
+  --version                        バージョンを表示する
+  -h, --help                       この使い方を表示する
+
+オプション:
+  --prefer-server ID               --allocate で優先するサーバー ID
+  --wait [SECONDS]                 --allocate と --run で、空くまで順番を待つ (秒数を省くと無期限)
+  --export                         --allocate の結果を eval "$(…)" のための行で出力する
+  --force                          --release で他の利用者のタスクも解放する
+  --server NAME:GPUS:CPUS          --init と --reset で実際のサーバーを登録する (繰り返し可)
+  --detect                         --init と --reset でこの計算機を調べて登録する
+  --min-gpus N                     --init と --reset で 1 タスクの最小 GPU 数を決める
+  --yes                            --reset の確認を省く
+  --json                           結果を 1 つの JSON 文書で出力する
+
+終了コード:
+  0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 /
+  125 --run の失敗 / 126 実行不可 / 127 コマンドなし / 130 中断
+"""
+
+
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="cli_v01.py",
-        description="GPU リソースマネージャー: 数台の GPU サーバーを数人で共有する",
-        epilog="終了コード: 0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 / "
-        "125 --run の失敗 / 126 実行不可 / 127 コマンドなし / 130 中断",
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action="store_true", help="この使い方を表示する")
+    parser = Parser(prog="cli_v01.py", allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
     commands = parser.add_mutually_exclusive_group()
-
-    def add_command(option: str, command: Callable[..., Answer], text: str) -> None:
-        commands.add_argument(option, dest="command", action="store_const", const=command, help=text)
-
-    add_command("--init", cmd_init, "状態ファイルがなければ作成する")
-    add_command("--status", cmd_status, "リソース状態を表示する")
-    add_command("--detail", cmd_detail, "サーバーとタスクの詳細を表示する")
-    for option, text in (
-        ("--allocate", "タスクに GPU (2-8) と CPU (1-64) を割り当てる"),
-        ("--run", "-- に続くコマンドをこの計算機の GPU で実行し、終わったら解放する"),
+    for option, command in (
+        ("--init", cmd_init),
+        ("--status", cmd_status),
+        ("--detail", cmd_detail),
+        ("--reset", cmd_reset),
     ):
-        commands.add_argument(option, nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"), help=text)
-    commands.add_argument("--release", action="append", metavar="TASK_ID", help="タスクのリソースを解放する")
-    add_command("--reset", cmd_reset, "すべてのタスクの記録を消す (確認あり)")
-    commands.add_argument("--version", action="store_true", help="バージョンを表示する")
-    parser.add_argument("--prefer-server", type=integer, metavar="ID", help="--allocate で優先するサーバー ID")
-    parser.add_argument(
-        "--wait",
-        nargs="?",
-        type=seconds,
-        const=float("inf"),
-        metavar="SECONDS",
-        help="--allocate と --run で、空くまで順番を待つ (秒数を省くと無期限)",
-    )
-    parser.add_argument("--export", action="store_true", help='--allocate の結果を eval "$(…)" のための行で出力する')
-    parser.add_argument("--force", action="store_true", help="--release で他の利用者のタスクも解放する")
-    parser.add_argument(
-        "--server",
-        dest="servers",
-        action="append",
-        type=server_description,
-        metavar="NAME:GPUS:CPUS",
-        help="--init と --reset で実際のサーバーを登録する (繰り返し可)",
-    )
-    parser.add_argument("--detect", action="store_true", help="--init と --reset でこの計算機を調べて登録する")
-    parser.add_argument(
-        "--min-gpus", type=integer, metavar="N", help="--init と --reset で 1 タスクの最小 GPU 数を決める"
-    )
-    parser.add_argument("--yes", action="store_true", help="--reset の確認を省く")
-    parser.add_argument("--json", action="store_true", help="結果を 1 つの JSON 文書で出力する")
+        commands.add_argument(option, dest="command", action="store_const", const=command)
+    for option in ("--allocate", "--run"):
+        commands.add_argument(option, nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"))
+    commands.add_argument("--release", action="append", metavar="TASK_ID")
+    commands.add_argument("--version", action="store_true")
+    parser.add_argument("--prefer-server", type=integer, metavar="ID")
+    parser.add_argument("--wait", nargs="?", type=seconds, const=float("inf"), metavar="SECONDS")
+    parser.add_argument("--server", dest="servers", action="append", type=server_description, metavar="NAME:GPUS:CPUS")
+    parser.add_argument("--min-gpus", type=integer, metavar="N")
+    for option in ("--export", "--force", "--detect", "--yes", "--json"):
+        parser.add_argument(option, action="store_true")
     return parser
 
 
 def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argparse.Namespace:
     """Read the words before ``--``; ``command`` is the function to call, or ``None`` if none was asked for."""
     for word in words:
-        if _UNSAFE.search(word) or "\n" in word:  # no refusal, by whomever, is to show it as it is
+        if safe(word) != word or "\n" in word:  # no refusal, by whomever, is to show it as it is
             parser.error(f"制御文字を含む引数は使えません: {word!r}")
     args = parser.parse_args(words)
     args.job = job
@@ -527,13 +529,18 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
 
 # Could move the cursor, or reverse or split the text, of the terminal that shows it: from an argument,
 # or from the path of the state file.
-_UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+UNSAFE = "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+
+
+def safe(text: str) -> str:
+    # What can be printed is safe, and to know that saves making the expression at every start.
+    return text if text.replace("\n", "").isprintable() else re.sub(UNSAFE, "?", text)
 
 
 def show(text: str) -> None:
     """Write a text to stdout at once; another ``OSError`` is for ``main``."""
     try:
-        print(_UNSAFE.sub("?", text), flush=True)
+        print(safe(text), flush=True)
     except BrokenPipeError:  # a reader such as ``head`` goes when it has enough; the command goes on
         discard(sys.stdout)
 
@@ -542,7 +549,7 @@ def show_error(text: str) -> None:
     """Write a text to stderr at once."""
     if sys.stderr is not None:  # print(file=None) would write to stdout
         try:
-            print(_UNSAFE.sub("?", text), file=sys.stderr, flush=True)
+            print(safe(text), file=sys.stderr, flush=True)
         except OSError:  # nowhere is left to say so
             discard(sys.stderr)
 
@@ -574,15 +581,16 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
 
     :raises Refusal: it was not carried out.
     """
-    parser = build_parser()
-    args = parse(parser, words, job)
-    if (args.command is None and not args.version) or args.help:
-        text = parser.format_help()
-        return Answer(EXIT_OK, text.rstrip(), {"help": text})
+    args = parse(build_parser(), words, job) if {*words} - {"-h", "--help", "--json"} or job else None
+    if args is None or args.help or (args.command is None and not args.version):
+        return Answer(EXIT_OK, HELP.rstrip(), {"help": HELP})
     if args.version:
         return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
-    if __name__ == "__main__":  # not in a program that calls ``main``: there, signals are its own
+    if __name__ == "__main__":  # not in a program that calls ``main``: there, these are its own
         end_waits_on_signals()
+        # To compile the library anew takes longer than all the rest, and many containers set
+        # PYTHONDONTWRITEBYTECODE for packages that they have compiled already.
+        sys.dont_write_bytecode = False
     try:
         import gpu_resource_manager_v01 as library
 

@@ -29,12 +29,17 @@ import pwd
 import re
 import stat
 import sys
-import threading
 import time
+from _thread import TIMEOUT_MAX, allocate_lock, start_new_thread
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
-from typing import Any, NoReturn, TypedDict, TypeVar
+from functools import cache
+from itertools import chain, zip_longest
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly
 
 T = TypeVar("T")
 #: position in line, from 1, and why there is no room yet
@@ -59,7 +64,7 @@ RESOURCE_FILE_VARIABLE = "GPU_RESOURCE_FILE"
 #: environment variable that names the server of the pool that this machine is
 SERVER_VARIABLE = "GPU_RESOURCE_SERVER"
 DEFAULT_LOCK_TIMEOUT_S = 60.0
-#: seconds between two attempts to take a lock, where no thread can wait for it
+#: seconds between two attempts to take a lock that no queue is kept for
 LOCK_POLL_S = 0.001
 #: seconds between two looks of a waiter at the state file: at first, and at most when nothing changes
 WAIT_POLL_S = (0.1, 2.0)
@@ -68,11 +73,16 @@ WAIT_RECHECK_S = 3.0
 
 # Characters that could move a cursor, end a line or reverse the text of a screen (C0, C1, line and
 # paragraph separators, bidirectional controls), and surrogates, which no valid text holds.
-_UNSAFE_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_TEXT = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+
+
+def _is_unsafe(text: str) -> bool:
+    # What can be printed is safe, and to know that costs a tenth of a search, let alone of a first one.
+    return not text.isprintable() and re.search(_UNSAFE_TEXT, text) is not None
 
 
 def _printable(text: str) -> str:
-    return _UNSAFE_TEXT.sub("?", text)
+    return re.sub(_UNSAFE_TEXT, "?", text) if _is_unsafe(text) else text
 
 
 # --- Errors: asking, locking, storing -------------------------------------------------------------
@@ -171,25 +181,29 @@ class Requester(TypedDict, total=False):
 class Task(Requester):
     """What one task holds on one server."""
 
-    task_id: str
+    task_id: ReadOnly[str]
     #: GPU indices on the server, ascending
-    allocated_gpus: list[int]
-    allocated_cpus: int
+    allocated_gpus: ReadOnly[Sequence[int]]
+    allocated_cpus: ReadOnly[int]
     #: local time, ISO 8601 to the second
-    start_time: str
+    start_time: ReadOnly[str]
 
 
 class Server(TypedDict):
-    """One server with what is free on it and the tasks that hold the rest."""
+    """One server with what is free on it and the tasks that hold the rest.
 
-    server_id: int
-    server_name: str
-    total_gpus: int
+    Never altered: a decision puts an altered copy in its place (:func:`put`), so that what it has not
+    touched need neither be checked nor encoded again.
+    """
+
+    server_id: ReadOnly[int]
+    server_name: ReadOnly[str]
+    total_gpus: ReadOnly[int]
     #: GPU indices, ascending
-    available_gpus: list[int]
-    total_cpus: int
-    available_cpus: int
-    running_tasks: list[Task]
+    available_gpus: ReadOnly[Sequence[int]]
+    total_cpus: ReadOnly[int]
+    available_cpus: ReadOnly[int]
+    running_tasks: ReadOnly[Sequence[Task]]
 
 
 class Request(Requester):
@@ -255,8 +269,19 @@ def decode_state(data: bytes) -> State:
 
     :raises ValueError: it does not hold one; the text says why.
     """
+    return decode_with_lines(data)[0]
+
+
+#: servers in the order of the document, and the line of each; both empty if it is laid out in another way
+ServerLines = tuple[Sequence[Server], Sequence[str]]
+NO_LINES: ServerLines = ((), ())
+
+
+def decode_with_lines(data: bytes) -> tuple[State, ServerLines]:
+    """Return what :func:`decode_state` does, and the lines of the servers as they were read."""
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        text = data.decode("utf-8")
+        document, lines = _scan(text) or (_DECODER.decode(text), NO_LINES)
     except UnicodeDecodeError as error:
         raise ValueError(f"UTF-8 として読めません ({error.start} バイト目)") from error
     except RecursionError as error:
@@ -264,8 +289,32 @@ def decode_state(data: bytes) -> State:
     except ValueError as error:
         raise ValueError(f"JSON として読めません ({error})") from error
     check_state(document)
-    state: State = document
-    return state
+    return document, lines
+
+
+# What a document of ours has before, between and after its servers, each of which has a line.
+_OPENING, _BETWEEN_SERVERS, _CLOSING = '{\n  "servers": [\n    ', ",\n    ", "\n  ]"
+_MARK = -7  # any number that is no server
+
+
+def _scan(text: str) -> tuple[Any, ServerLines] | None:
+    """Decode a text that is laid out as we do it; ``None`` if it is another one, or no JSON at all."""
+    closing = text.rfind(_CLOSING)
+    if not text.startswith(_OPENING) or closing < 0:
+        return None
+    lines = text[len(_OPENING) : closing].split(_BETWEEN_SERVERS)
+    # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
+    # around every server, then each line is one server, whatever is in it.
+    marked = f"{_OPENING}{_MARK},{f',{_MARK},'.join(lines)},{_MARK}{text[closing:]}"
+    try:
+        document = _DECODER.decode(marked)
+    except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
+        return None
+    marked_servers = document["servers"]
+    if len(marked_servers) != 2 * len(lines) + 1 or [*marked_servers[::2]] != [_MARK] * (len(lines) + 1):
+        return None
+    document["servers"] = servers = marked_servers[1::2]
+    return document, (servers, lines)
 
 
 def _finite(text: str) -> float:
@@ -275,35 +324,39 @@ def _finite(text: str) -> float:
     return number
 
 
-#: stands between two servers of a document that we wrote, and may stand elsewhere in one that we did not
-_BETWEEN_SERVERS = ",\n    "
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
-def encode_state(state: State, before: bytes = b"") -> bytes:
+def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
     """Return the checked ``state`` as UTF-8 JSON with one line per server, which one screen line diffs well.
 
-    :param before: the checked document that ``state`` was made from. A server that reads as it did there
-        is not checked once more, only what holds between servers.
+    :param before: the checked servers that it was made from. Those that still stand in their places are
+        neither checked nor encoded again: that is most of the work of a change.
     :raises ValueError: it is unsound, or a value of an unknown key has no JSON form (an infinite number).
     """
-    # In one go, for starting the C encoder costs more than a server does; with ``indent=`` it is not used
-    # at all. The replaced text cannot be quoted text, where its quotation marks would be escaped.
-    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
-    values = {key: encode(value) for key, value in state.items()}
-    servers = values.get("servers", "")[1:-1].replace('}, {"server_id": ', "}" + _BETWEEN_SERVERS + '{"server_id": ')
-    known, lines = set(before.decode().split(_BETWEEN_SERVERS)), servers.split(_BETWEEN_SERVERS)
-    sound = {position for position, line in enumerate(lines) if line in known}
-    check_state(state, sound if len(lines) == len(state["servers"]) else ())
-    values["servers"] = f"[\n    {servers}\n  ]"
-    text = "{\n  " + ",\n  ".join(f"{encode(key)}: {value}" for key, value in values.items()) + "\n}\n"
+    servers, lines = state["servers"], before[1]
+    check_state(state, before[0])
+    if len(lines) == len(servers):
+        old = zip(servers, *before, strict=True)
+        lines = [line if server is known else _encode(server) for server, known, line in old]
+    else:
+        lines = [*map(_encode, servers)]
+    values = [
+        f"{_encode(key)}: [\n    {_BETWEEN_SERVERS.join(lines)}\n  ]"
+        if key == "servers"
+        else f"{_encode(key)}: {_encode(value)}"
+        for key, value in state.items()
+    ]
+    text = "{\n  " + ",\n  ".join(values) + "\n}\n"
     # A lone surrogate in an unknown key can only stand inside a JSON string, where the escape that
     # ``backslashreplace`` makes of it is the JSON escape it was read from.
     return text.encode("utf-8", "backslashreplace")
 
 
 # The keys that every document has, with their exact types.
-_DOCUMENT_KEYS = {"version": str, "last_updated": str, "servers": list}
-_SERVER_KEYS = {
+_DOCUMENT_KEYS: dict[str, Any] = {"version": str, "last_updated": str, "servers": list}
+_SERVER_KEYS: dict[str, Any] = {
     "server_id": int,
     "server_name": str,
     "total_gpus": int,
@@ -312,110 +365,134 @@ _SERVER_KEYS = {
     "available_cpus": int,
     "running_tasks": list,
 }
-_TASK_KEYS = {"task_id": str, "allocated_gpus": list, "allocated_cpus": int, "start_time": str}
-_OPTIONAL_KEYS = {"waiting": list, "min_gpus_per_task": int}
-_REQUEST_KEYS = {"task_id": str, "required_gpus": int, "required_cpus": int, "passed_over": int, "lease": str}
+_TASK_KEYS: dict[str, Any] = {"task_id": str, "allocated_gpus": list, "allocated_cpus": int, "start_time": str}
+_OPTIONAL_KEYS: dict[str, Any] = {"waiting": list, "min_gpus_per_task": int}
+_REQUEST_KEYS: dict[str, Any] = {
+    "task_id": str,
+    "required_gpus": int,
+    "required_cpus": int,
+    "passed_over": int,
+    "lease": str,
+}
 
 
-def check_state(document: Any, sound: Container[int] = ()) -> None:
+def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
     """Check types, ranges and the invariant of a decoded document; O(size of the document).
 
     The invariant: on every server each GPU index from 0 to ``total_gpus`` - 1 is either available or
     held by exactly one task, both lists ascending; available CPUs and the tasks' CPUs add up to
     ``total_cpus``; a ``server_id`` occurs once, and so does a ``task_id``, be it running or waiting.
 
-    :param sound: positions of servers that still are what they were when they were checked.
+    :param sound: servers that have been checked already; one that stands in its old place is not checked again.
     :raises ValueError: it does not hold; the text names the place and the reason.
     """
     if type(document) is dict and document.get("version") != FORMAT_VERSION:
         raise ValueError(f"version {document.get('version')!r} には対応していません ({FORMAT_VERSION!r} のみ)")
-    _check_records([document], _DOCUMENT_KEYS, lambda _: "最上位")
-    _check_records([{"waiting": [], "min_gpus_per_task": 1, **document}], _OPTIONAL_KEYS, lambda _: "最上位")
-    servers, requests = document["servers"], document.get("waiting", [])
+    _check_record(document, _DOCUMENT_KEYS, "最上位")
+    for key in _OPTIONAL_KEYS.keys() & document.keys():
+        _check_record(document, {key: _OPTIONAL_KEYS[key]}, "最上位")
+    servers, waiting = document["servers"], document.get("waiting", [])
     if not servers:
         raise ValueError("servers が空です")
-    positions = [position for position in range(len(servers)) if position not in sound]
-    checked = [servers[position] for position in positions]
-    _check_records(checked, _SERVER_KEYS, lambda number: f"servers[{positions[number]}]")
-    _check_records(requests, _REQUEST_KEYS, lambda number: f"waiting[{number}]")
-    for key, kind in (("prefer_server_id", int), ("only_server_name", str)):
-        for number, request in enumerate(requests):
+    for position, (server, known) in enumerate(zip_longest(servers, sound[: len(servers)], fillvalue=object())):
+        if server is not known and not _is_plainly_sound(server):
+            _check_server(server, f"servers[{position}]")
+    for position, request in enumerate(waiting):
+        _check_record(request, _REQUEST_KEYS, f"waiting[{position}]")
+        for key, kind in (("prefer_server_id", int), ("only_server_name", str)):
             if type(request.get(key)) not in (kind, type(None)):
-                raise ValueError(f"waiting[{number}]: {key} の型が {kind.__name__} ではありません")
-    _check_records(
-        [task for server in checked for task in server["running_tasks"]],
-        _TASK_KEYS,
-        lambda number: _task_places(servers, positions)[number],
-    )
-    for position, server in zip(positions, checked, strict=True):
-        gpus, cpus = server["available_gpus"], server["available_cpus"]
-        for task in server["running_tasks"]:
-            gpus = gpus + task["allocated_gpus"]
-            cpus += task["allocated_cpus"]
-        # The length first: a hand-written total of 10**12 must not make us build such a list.
-        if len(gpus) != server["total_gpus"] or sorted(gpus) != list(range(len(gpus))):
-            problem = "GPU 0 から total_gpus - 1 までが、available_gpus と allocated_gpus に一度ずつ現れていません"
-            raise ValueError(f"servers[{position}]: {problem}")
-        if cpus != server["total_cpus"]:
-            raise ValueError(f"servers[{position}]: 空きと割り当て済みの CPU の合計が total_cpus と一致しません")
-    _check_distinct("server_id", [server["server_id"] for server in servers], lambda number: f"servers[{number}]")
-    task_ids = [task["task_id"] for server in servers for task in server["running_tasks"]]
-    _check_distinct(
-        "task_id",
-        task_ids + [request["task_id"] for request in requests],
-        lambda number: [*_task_places(servers, range(len(servers))), *(f"waiting[{n}]" for n in range(len(requests)))][
-            number
-        ],
-    )
+                raise ValueError(f"waiting[{position}]: {key} の型が {kind.__name__} ではありません")
+    _check_distinct("server_id", map(itemgetter("server_id"), servers), document)
+    _check_distinct("task_id", map(itemgetter("task_id"), records(document)), document)
 
 
-def _task_places(servers: list[Server], positions: Sequence[int]) -> list[str]:
-    return [
-        f"servers[{position}].running_tasks[{number}]"
-        for position in positions
-        for number in range(len(servers[position]["running_tasks"]))
-    ]
+def _is_plainly_sound(server: Any) -> bool:
+    """Tell whether :func:`_check_server` would find nothing, at a third of the cost; may miss it, never errs."""
+    try:
+        gpus, cpus, text, tasks = (
+            server["available_gpus"],
+            server["available_cpus"],
+            server["server_name"],
+            server["running_tasks"],
+        )
+        server_id, total_gpus, total_cpus = server["server_id"], server["total_gpus"], server["total_cpus"]
+        if not (type(server_id) is type(total_gpus) is type(total_cpus) is type(cpus) is int and type(text) is str):
+            return False
+        if not (type(gpus) is type(tasks) is list) or server_id < 0 or cpus < 0 or gpus != sorted(gpus):
+            return False
+        for task in tasks:
+            task_id, start_time = task["task_id"], task["start_time"]
+            task_gpus, task_cpus = task["allocated_gpus"], task["allocated_cpus"]
+            if not (type(task_id) is type(start_time) is str and type(task_gpus) is list and type(task_cpus) is int):
+                return False
+            if task_cpus < 0 or task_id[:1] in "- " or len(task_id) > MAX_TASK_ID_LENGTH:  # "" is in every text
+                return False
+            if task_gpus != sorted(task_gpus):
+                return False
+            gpus = gpus + task_gpus
+            cpus += task_cpus
+            text += task_id + start_time
+        # The length ahead of the range: a hand-written total of 10**12 must not make us build such a list.
+        whole = len(gpus) == total_gpus and sorted(gpus) == list(range(total_gpus)) and {*map(type, gpus)} <= _INT
+        return whole and cpus == total_cpus and text.isprintable()
+    except (KeyError, TypeError):  # a key is missing, or what is to be sorted cannot be
+        return False
 
 
-def _check_records(records: list[Any], keys: dict[str, Any], place_of: Callable[[int], str]) -> None:
-    """Check one key of all records after the other: what stays in C so costs a third of a plain loop."""
+_INT = {int}
 
-    def refuse(are_wrong: Iterable[object], problem: str) -> NoReturn:
-        number = next(number for number, is_wrong in enumerate(are_wrong) if is_wrong)
-        raise ValueError(f"{place_of(number)}: {problem}")
 
-    if {*map(type, records)} - {dict}:
-        refuse((type(record) is not dict for record in records), "JSON オブジェクトではありません")
+def _check_server(server: Any, where: str) -> None:
+    _check_record(server, _SERVER_KEYS, where)
+    gpus, cpus = server["available_gpus"], server["available_cpus"]
+    for position, task in enumerate(server["running_tasks"]):
+        _check_record(task, _TASK_KEYS, f"{where}.running_tasks[{position}]")
+        gpus = gpus + task["allocated_gpus"]
+        cpus += task["allocated_cpus"]
+    if len(gpus) != server["total_gpus"] or sorted(gpus) != list(range(len(gpus))):
+        problem = "GPU 0 から total_gpus - 1 までが、available_gpus と allocated_gpus に一度ずつ現れていません"
+        raise ValueError(f"{where}: {problem}")
+    if cpus != server["total_cpus"]:
+        raise ValueError(f"{where}: 空きと割り当て済みの CPU の合計が total_cpus と一致しません")
+
+
+def _check_record(record: Any, keys: dict[str, Any], where: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: JSON オブジェクトではありません")
     for key, kind in keys.items():
-        try:
-            values = [record[key] for record in records]
-        except KeyError:
-            refuse((key not in record for record in records), f"{key} がありません")
-        if {*map(type, values)} - {kind}:  # exactly: ``True`` is an int to isinstance
-            refuse((type(value) is not kind for value in values), f"{key} の型が {kind.__name__} ではありません")
-        if kind is int and min(values, default=0) < 0:
-            refuse((value < 0 for value in values), f"{key} が負の数です")
-        if kind is str and _is_unsafe("".join(values)):
-            refuse(map(_is_unsafe, values), f"{key} に制御文字が含まれています")
-        if key == "task_id" and any(problems := [*map(task_id_problem, values)]):
-            refuse(problems, f"{key} {next(filter(None, problems))}")
-        if kind is list and key.endswith("_gpus") and not _are_ascending(values):
-            refuse((not _are_ascending([value]) for value in values), f"{key} が整数の昇順リストではありません")
+        if key not in record:
+            raise ValueError(f"{where}: {key} がありません")
+        value = record[key]
+        if type(value) is not kind:  # exactly: ``True`` is an int to isinstance
+            raise ValueError(f"{where}: {key} の型が {kind.__name__} ではありません")
+        if kind is int and value < 0:
+            raise ValueError(f"{where}: {key} が負の数です ({value})")
+        if key == "task_id" and (problem := task_id_problem(value)):
+            raise ValueError(f"{where}: {key} {problem}")
+        if kind is str and _is_unsafe(value):
+            raise ValueError(f"{where}: {key} に制御文字が含まれています")
+        if kind is list and key.endswith("_gpus") and not _is_ascending(value):
+            raise ValueError(f"{where}: {key} が 0 以上の整数の昇順リストではありません")
 
 
-def _check_distinct(key: str, values: list[Any], place_of: Callable[[int], str]) -> None:
-    if len({*values}) < len(values):
-        number = next(number for number, value in enumerate(values) if value in values[:number])
-        raise ValueError(f"{place_of(number)}: {key} {values[number]!r} が重複しています")
+def _is_ascending(indices: list[Any]) -> bool:
+    return all(type(index) is int and index >= 0 for index in indices) and indices == sorted({*indices})
 
 
-def _are_ascending(lists: list[list[Any]]) -> bool:
-    return {*map(type, chain.from_iterable(lists))} <= {int} and [*map(sorted, lists)] == lists
-
-
-def _is_unsafe(text: str) -> bool:
-    # What can be printed is safe, and to know that costs a tenth of a search.
-    return not text.isprintable() and _UNSAFE_TEXT.search(text) is not None
+def _check_distinct(key: str, found: Iterable[Any], document: State) -> None:
+    values = [*found]
+    if len({*values}) == len(values):
+        return
+    servers = [f"servers[{position}]" for position in range(len(document["servers"]))]
+    tasks = [
+        f"{where}.running_tasks[{position}]"
+        for where, server in zip(servers, document["servers"], strict=True)
+        for position in range(len(server["running_tasks"]))
+    ]
+    tasks += [f"waiting[{position}]" for position in range(len(document.get("waiting", [])))]
+    again = next(position for position, value in enumerate(values) if value in values[:position])
+    where = (servers if key == "server_id" else tasks)[again]
+    raise ValueError(f"{where}: {key} {values[again]!r} が重複しています")
 
 
 def task_id_problem(task_id: str) -> str | None:
@@ -519,8 +596,9 @@ def first_fit(
     'gpu-server-0'
     """
     servers = state["servers"]
-    preferred = [server for server in servers if server["server_id"] == prefer_server_id]
-    for server in preferred + servers:
+    if prefer_server_id is not None:
+        servers = [server for server in servers if server["server_id"] == prefer_server_id] + servers
+    for server in servers:
         if allowed is not None and server["server_id"] not in allowed:
             continue
         if len(server["available_gpus"]) >= gpus and server["available_cpus"] >= cpus:
@@ -530,15 +608,27 @@ def first_fit(
 
 def place(
     server: Server, task_id: str, gpus: int, cpus: int, start_time: str, requester: Requester | None = None
-) -> Allocation:
-    """Give the task the lowest free GPU indices of ``server``, which has room for it."""
-    gpu_ids = server["available_gpus"][:gpus]
-    server["available_gpus"] = server["available_gpus"][gpus:]
-    server["available_cpus"] -= cpus
-    task: Task = {"task_id": task_id, "allocated_gpus": gpu_ids, "allocated_cpus": cpus, "start_time": start_time}
-    task.update(requester or {})  # type: ignore[typeddict-item]
-    server["running_tasks"].append(task)
-    return allocation_of(server, task)
+) -> Server:
+    """Return ``server``, which has room for it, with the task on its lowest free GPU indices."""
+    task: Task = {
+        "task_id": task_id,
+        "allocated_gpus": server["available_gpus"][:gpus],
+        "allocated_cpus": cpus,
+        "start_time": start_time,
+        **(requester or {}),
+    }
+    return {
+        **server,
+        "available_gpus": server["available_gpus"][gpus:],
+        "available_cpus": server["available_cpus"] - cpus,
+        "running_tasks": [*server["running_tasks"], task],
+    }
+
+
+def put(state: State, server: Server) -> None:
+    """Let ``server`` stand in the place of the one with its ``server_id``."""
+    server_id = server["server_id"]
+    state["servers"] = [server if other["server_id"] == server_id else other for other in state["servers"]]
 
 
 def allocation_of(server: Server, task: Task) -> Allocation:
@@ -547,7 +637,7 @@ def allocation_of(server: Server, task: Task) -> Allocation:
         "task_id": task["task_id"],
         "server_id": server["server_id"],
         "server_name": server["server_name"],
-        "gpu_ids": task["allocated_gpus"][:],
+        "gpu_ids": list(task["allocated_gpus"]),
         "gpu_devices": ",".join(map(str, task["allocated_gpus"])),
         "cpu_count": task["allocated_cpus"],
     }
@@ -576,9 +666,11 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
     job of 8 GPUs does not starve under a stream of small ones. Known as backfilling with bounded
     bypass; a smaller bound comes closer to strict FIFO, where a big job leaves free GPUs idle.
     """
+    waiting = state.get("waiting", [])
+    if not waiting:
+        return False
     left: list[tuple[Request, set[int]]] = []
     closed: set[int] = set()
-    waiting = state.get("waiting", [])
     for request in waiting:
         eligible = eligible_server_ids(state, request)
         gpus, cpus = request["required_gpus"], request["required_cpus"]
@@ -588,7 +680,7 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
             if request["passed_over"] >= max_passed_over:
                 closed |= eligible
             continue
-        place(server, request["task_id"], gpus, cpus, start_time, _requester_of(request))
+        put(state, place(server, request["task_id"], gpus, cpus, start_time, _requester_of(request)))
         for earlier, passed in left:
             if server["server_id"] in passed:
                 earlier["passed_over"] += 1
@@ -622,29 +714,31 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     return ended
 
 
-def placed_tasks(state: State) -> list[tuple[Server, Task]]:
-    """Return every running task with its server."""
-    return [(server, task) for server in state["servers"] for task in server["running_tasks"]]
+def placed_tasks(state: State) -> Iterator[tuple[Server, Task]]:
+    """Yield every running task with its server."""
+    return ((server, task) for server in state["servers"] for task in server["running_tasks"])
 
 
-def records(state: State) -> list[Task | Request]:
-    """Return all that bears a ``task_id``: running tasks and waiting requests."""
-    return [task for _, task in placed_tasks(state)] + [*state.get("waiting", [])]
+def records(state: State) -> Iterator[Task | Request]:
+    """Yield all that bears a ``task_id``: running tasks and waiting requests."""
+    running = chain.from_iterable(map(itemgetter("running_tasks"), state["servers"]))
+    return chain(running, state.get("waiting", ()))
 
 
 def check_request(state: State, request: Request) -> None:
     """:raises InvalidRequestError: this pool could not grant ``request`` even if it were idle."""
+    servers, prefer = state["servers"], request["prefer_server_id"]
+    if prefer is not None and all(server["server_id"] != prefer for server in servers):
+        remedy = f"{', '.join(str(server['server_id']) for server in servers)} のいずれかを指定してください"
+        raise _invalid("prefer_server_id", prefer, "のサーバーはありません", remedy)
+    if request["required_gpus"] >= least_gpus(state) and eligible_server_ids(state, request):
+        return
     least, most, most_cpus = limits(state)
     _check_int("required_gpus", request["required_gpus"], least, most)
     _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
-    server_ids = [server["server_id"] for server in state["servers"]]
-    if request["prefer_server_id"] not in (None, *server_ids):
-        remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
-        raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
-    if not eligible_server_ids(state, request):
-        amounts = (request["required_gpus"], request["required_cpus"])
-        remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
-        raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
+    amounts = (request["required_gpus"], request["required_cpus"])
+    remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
+    raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
 
 
 def check_one_machine(state: State, request: Request) -> None:
@@ -693,9 +787,12 @@ def ask(
         )
     found = find_task(state, task_id)
     if found:
+        server, task = found
         if not keep_lease:
-            found[1].pop("lease", None)
-        return arrived or not keep_lease, allocation_of(*found)
+            unbound: Any = {key: value for key, value in task.items() if key != "lease"}
+            tasks = [unbound if other is task else other for other in server["running_tasks"]]
+            put(state, {**server, "running_tasks": tasks})
+        return arrived or not keep_lease, allocation_of(server, task)
     waiting = state["waiting"]
     [mine] = [record for record in waiting if record["task_id"] == task_id]
     refusal = shortfall(state, mine)
@@ -712,8 +809,12 @@ def descriptions(state: State) -> list[ServerDescription]:
 def limits(state: State) -> tuple[int, int, int]:
     """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
     servers = state["servers"]
-    most_gpus, most_cpus = (max(server[key] for server in servers) for key in ("total_gpus", "total_cpus"))
-    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK), most_gpus, most_cpus
+    most_gpus, most_cpus = (max(map(itemgetter(key), servers)) for key in ("total_gpus", "total_cpus"))
+    return least_gpus(state), most_gpus, most_cpus
+
+
+def least_gpus(state: State) -> int:
+    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK)
 
 
 def server_of_host(state: State, host: str, named: str | None) -> Server:
@@ -755,25 +856,35 @@ def find_task(state: State, task_id: str) -> tuple[Server, Task] | None:
     return next((found for found in placed_tasks(state) if found[1]["task_id"] == task_id), None)
 
 
-def remove_task(server: Server, task: Task) -> None:
-    """Take ``task`` off ``server``; what it held is available again, GPU indices in ascending order."""
-    server["running_tasks"].remove(task)
-    server["available_gpus"] = sorted(server["available_gpus"] + task["allocated_gpus"])
-    server["available_cpus"] += task["allocated_cpus"]
+def remove_task(server: Server, task: Task) -> Server:
+    """Return ``server`` without ``task``; what it held is available again, GPU indices in ascending order."""
+    return {
+        **server,
+        "available_gpus": sorted([*server["available_gpus"], *task["allocated_gpus"]]),
+        "available_cpus": server["available_cpus"] + task["allocated_cpus"],
+        "running_tasks": [other for other in server["running_tasks"] if other is not task],
+    }
 
 
 def strike(state: State, task_id: str) -> None:
     """Let no task and no request of the line bear ``task_id`` any more."""
     found = find_task(state, task_id)
     if found:
-        remove_task(*found)
+        put(state, remove_task(*found))
     set_waiting(state, [request for request in state.get("waiting", []) if request["task_id"] != task_id])
 
 
 def remove_all_tasks(state: State) -> None:
     """Make every server idle; servers and unknown keys stay."""
-    for server, task in placed_tasks(state):
-        remove_task(server, task)
+    state["servers"] = [
+        {
+            **server,
+            "available_gpus": list(range(server["total_gpus"])),
+            "available_cpus": server["total_cpus"],
+            "running_tasks": [],
+        }
+        for server in state["servers"]
+    ]
 
 
 def shortfall(state: State, request: Request) -> NoCapacityError:
@@ -896,25 +1007,30 @@ def _os_reason(error: OSError) -> str:
     return f"{error.strerror or error}{place}"
 
 
-def _open_directory(directory: str) -> int:
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+# ``directory`` is the descriptor of an open one from here on: whatever becomes of its name meanwhile,
+# all that a change reads and writes lies in the directory that it has locked.
 
 
-def _open_temporary(target: str) -> tuple[str, int]:
+def _open_directory(path: str, directory: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+
+
+def _open_temporary(directory: int, target: str) -> tuple[str, int]:
     """Make the one temporary file for ``target`` anew, sweeping what a killed writer may have left."""
-    directory, name = os.path.split(target)
-    temporary = os.path.join(directory, f".{name.lstrip('.')}.tmp")
-    with suppress(FileNotFoundError):
-        os.unlink(temporary)
-    return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    name = f".{target.lstrip('.')}.tmp"
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    try:
+        return name, os.open(name, flags, 0o666, dir_fd=directory)
+    except FileExistsError:
+        os.unlink(name, dir_fd=directory)
+        return name, os.open(name, flags, 0o666, dir_fd=directory)
 
 
-def _share_with_group(descriptor: int, directory: str, mode: int = 0o660) -> None:
+def _share_with_group(descriptor: int, parent: os.stat_result, mode: int = 0o660) -> None:
     """Let the group of a directory that it may write use this new file too, whatever the umask.
 
     Others may then read exactly if they may list the directory. Elsewhere the umask holds.
     """
-    parent = os.stat(directory)
     if not parent.st_mode & stat.S_IWGRP:
         return
     if os.fstat(descriptor).st_gid != parent.st_gid:  # no set-group-ID bit on the directory
@@ -926,24 +1042,34 @@ def _share_with_group(descriptor: int, directory: str, mode: int = 0o660) -> Non
     os.fchmod(descriptor, mode | (parent.st_mode & (mode >> 3) & (stat.S_IROTH | stat.S_IXOTH)))
 
 
-def _keep_aside(path: str, aside: str) -> None:
+def _keep_aside(directory: int, name: str, aside: str) -> None:
+    both = {"src_dir_fd": directory, "dst_dir_fd": directory}
     try:
         # A second name, so that a crash ahead of the replacement leaves the file in its place too.
-        os.link(path, aside, follow_symlinks=False)
+        os.link(name, aside, **both, follow_symlinks=False)
     except FileNotFoundError:  # it vanished: nothing is to be kept
         pass
     except OSError:  # a directory, or a file system without hard links
-        os.rename(path, aside)
+        os.rename(name, aside, **both)
 
 
-def _aside_name(path: str) -> str:
+def _aside_name(directory: int, name: str) -> str:
     """Return a name that is not taken; called with the directory locked."""
-    base = name = f"{path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
+    base = aside = f"{name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}"
     number = 1
-    while os.path.lexists(name):
-        number += 1
-        name = f"{base}-{number}"
-    return name
+    with suppress(FileNotFoundError):
+        while True:
+            os.lstat(aside, dir_fd=directory)
+            number += 1
+            aside = f"{base}-{number}"
+    return aside
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def timestamp() -> str:
@@ -962,7 +1088,6 @@ class Leases:
     of a job lives, right in every pid namespace and after every kind of death. No heartbeat, no pid.
     """
 
-    _NAME = re.compile("[0-9a-f]{32}")
     _LEAST_DESCRIPTOR = 20
 
     def __init__(self, directory: str) -> None:
@@ -974,7 +1099,7 @@ class Leases:
             name = os.urandom(16).hex()
             descriptor = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                _share_with_group(descriptor, self.directory)
+                _share_with_group(descriptor, os.stat(self.directory))
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if os.fstat(descriptor).st_nlink:  # else it was swept before we had locked it
                     # Inheritable, and out of the way of the numbers that shell scripts redirect.
@@ -1000,15 +1125,15 @@ class Leases:
         with self._locked(name, fcntl.LOCK_SH) as locked:
             return locked
 
-    def sweep(self, named: Sequence[Requester]) -> None:
-        """Delete free leases that no record of the document names; called with the state file locked."""
+    def sweep(self, named: Iterable[Requester]) -> None:
+        """Delete free leases that none of these records names; called with the state file locked."""
         try:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
             return
-        in_use = [record.get("lease") for record in named] if names else []
+        in_use = {str(record["lease"]) for record in named if "lease" in record} if names else ()
         for name in names:
-            if name not in in_use and self._NAME.fullmatch(name):
+            if name not in in_use and self._is_name(name):
                 # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
                 with self._locked(name, fcntl.LOCK_EX) as locked:
                     if locked:
@@ -1037,9 +1162,13 @@ class Leases:
     def is_ended(self, record: Requester) -> bool:
         """Tell whether ``record`` names a lease that is free; the lease of another host is never judged."""
         name = record.get("lease")
-        if not isinstance(name, str) or record.get("host") != host_name() or not self._NAME.fullmatch(name):
+        if not isinstance(name, str) or record.get("host") != host_name() or not self._is_name(name):
             return False
         return self.is_free(name)
+
+    @staticmethod
+    def _is_name(name: str) -> bool:
+        return len(name) == 32 and {*name} <= {*"0123456789abcdef"}
 
 
 def _flock(descriptor: int, operation: int) -> bool:
@@ -1051,48 +1180,82 @@ def _flock(descriptor: int, operation: int) -> bool:
 
 
 def _lock_in_time(descriptor: int, deadline_s: float) -> bool:
-    """Lock an open file for us alone, waiting until ``deadline_s``; tell whether it was had.
-
-    The kernel lets those who wait have it in turn, without polling, but knows no time limit. So it is
-    waited for in a thread, which outlives a wait that was given up, and then frees what it gets.
-    """
-    # Imported here since a command that only reads has no use for it, and it is a large part of a start.
+    """Lock an open file for us alone, trying until ``deadline_s``; tell whether it was had."""
+    # Imported here since a command that only reads has no use for it, and it is half of a start.
     from filelock import lock_descriptor
 
-    if lock_descriptor(descriptor, blocking=False):
+    while not lock_descriptor(descriptor, blocking=False):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(LOCK_POLL_S, left_s))
+    return True
+
+
+class _Wait:
+    """A wait of this process in the kernel's queue for a lock."""
+
+    given_up = False
+
+
+_waits: list[_Wait] = []
+
+
+def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
+    """Do the same as :func:`_lock_in_time`, but in turn with the others who wait, and without polling.
+
+    Among those who poll, whoever has just released the lock gets it again, and they cost more than the
+    work itself. The kernel keeps a queue, but knows no time limit. So a thread stands in the queue. It
+    outlives a wait that was given up, and then frees what it gets; until it has, further waits of this
+    process poll, lest one who tries again and again behind a stopped process collects threads.
+    """
+    if _lock_in_time(descriptor, 0):
         return True
-    given_up, done = threading.Event(), threading.Event()
+    if time.monotonic() >= deadline_s or any(wait.given_up for wait in [*_waits]):
+        return _lock_in_time(descriptor, deadline_s)
     failures: list[OSError] = []
+    wait, done = _Wait(), allocate_lock()
+    done.acquire()
     own = os.dup(descriptor)  # the same lock, under a number that nobody closes and reuses meanwhile
 
-    def wait() -> None:
+    def stand_in_queue() -> None:
         try:
-            fcntl.flock(own, fcntl.LOCK_EX)  # the same lock; ``lock_descriptor`` would poll
-            if given_up.is_set():
+            fcntl.flock(own, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes, which would poll for it
+            if wait.given_up:
                 fcntl.flock(own, fcntl.LOCK_UN)
         except OSError as error:
             failures.append(error)
         finally:
             os.close(own)
-            done.set()
+            _waits.remove(wait)
+            done.release()
 
+    _waits.append(wait)
     try:
-        threading.Thread(target=wait, daemon=True).start()
+        start_new_thread(stand_in_queue, ())
     except RuntimeError:  # a limit of the user, or the interpreter is shutting down
+        _waits.remove(wait)
         os.close(own)
-        while not lock_descriptor(descriptor, blocking=False):
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(LOCK_POLL_S)
-        return True
+        return _lock_in_time(descriptor, deadline_s)
+    had = False
     try:
-        had = done.wait(min(max(0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX))
+        had = done.acquire(timeout=min(max(0, deadline_s - time.monotonic()), TIMEOUT_MAX))
     finally:
-        if not done.is_set():
-            given_up.set()
+        wait.given_up = not had
     if failures:
         raise failures[0]
     return had
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    # Unlocked by name, for a child forked meanwhile shares the lock through its copy of the descriptor.
+    # Should that fail, closing frees the lock in any other case.
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def host_name() -> str:
@@ -1112,6 +1275,7 @@ def this_requester(command: str | None = None) -> Requester:
     }
 
 
+@cache  # it may have to be asked of a directory service
 def _user_name(uid: int) -> str:
     try:
         return _printable(pwd.getpwuid(uid).pw_name)
@@ -1161,14 +1325,14 @@ class JsonFileStore:
         :raises StateFileError: reading it failed.
         """
         with self.failures_reported():
-            return self._decoded(self._load(self.path))
+            return self._load(self.path)[0]
 
     def update(self, change: Callable[[State], tuple[bool, T]], instead_of_unusable: State | None = None) -> T:
         """Apply ``change`` to the stored state as one atomic, durable step and return its result.
 
         ``change`` gets a private copy and may be called more than once; it has no effect outside its
-        argument. It tells whether it has changed anything, and its result. Otherwise, or if it
-        raises, nothing is written.
+        argument, whose servers it replaces rather than alters. It tells whether it has changed
+        anything, and its result. Otherwise, or if it raises, nothing is written.
 
         :param instead_of_unusable: what to change if there is no valid state file; what stands in its
             place is kept as ``NAME.corrupt-TIME``. By default that is an error.
@@ -1177,18 +1341,17 @@ class JsonFileStore:
         :raises StateFileError: reading or writing failed. Unless the text says otherwise, the old
             document stands.
         """
-        with self._changing() as (path, directory):
-            data, aside = b"", None
+        with self.failures_reported(), self._locked() as (directory, name):
+            aside = None
             try:
-                data = self._load(path)
-                state = self._decoded(data)
+                state, before = self._load(name, directory)
             except UnusableStateFileError:
                 if instead_of_unusable is None:
                     raise
-                data, state, aside = b"", instead_of_unusable, _aside_name(path)
+                state, before, aside = instead_of_unusable, NO_LINES, _aside_name(directory, name)
             changed, result = change(state)
             if changed or aside:
-                self._commit(path, state, directory, data, aside)
+                self._commit(directory, name, state, before, aside)
             return result
 
     def create(self, state: State) -> None:
@@ -1199,119 +1362,110 @@ class JsonFileStore:
         with self.failures_reported():
             if os.path.lexists(self.path):
                 return
-        with self._changing() as (path, directory):
-            if not os.path.lexists(path):
-                self._commit(path, state, directory)
+            with self._locked() as (directory, name):
+                try:
+                    os.lstat(name, dir_fd=directory)
+                except FileNotFoundError:
+                    self._commit(directory, name, state)
 
     def make_directory(self, name: str) -> None:
         """Make a directory beside the document, for all who may write there, unless there is one."""
-        with self._changing() as (path, _):
-            parent = os.path.dirname(path)
-            made = os.path.join(parent, name)
-            if os.path.isdir(made):
-                return
-            # Moved in when it is ready, as the lock file is.
-            temporary = f"{made}.tmp"
+        with self.failures_reported(), self._locked() as (parent, _):
             with suppress(FileNotFoundError):
-                os.rmdir(temporary)
-            os.mkdir(temporary)
-            descriptor = _open_directory(temporary)
+                if stat.S_ISDIR(os.stat(name, dir_fd=parent).st_mode):
+                    return
+            # Moved in when it is ready, as the lock file is.
+            temporary = f"{name}.tmp"
+            with suppress(FileNotFoundError):
+                os.rmdir(temporary, dir_fd=parent)
+            os.mkdir(temporary, dir_fd=parent)
+            descriptor = _open_directory(temporary, parent)
             try:
-                _share_with_group(descriptor, parent, 0o2770)
+                _share_with_group(descriptor, os.fstat(parent), 0o2770)
             finally:
                 os.close(descriptor)
-            os.rename(temporary, made)
-
-    @contextmanager
-    def _changing(self) -> Iterator[tuple[str, int]]:
-        """Hold both locks; yield where the document really lies, and the descriptor of its directory."""
-        with self.failures_reported():
-            path = self._locate()
-            with self._locked(os.path.dirname(path)) as directory:
-                yield path, directory
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
     def _locate(self) -> str:
         """Return where the document really lies, so that a link stays a link when it is replaced.
 
         Lock and temporary file lie there too: two links to one document must share one lock.
-        ``strict``, because an ``lstat`` that fails must not make a link look like a plain file.
         """
+        try:
+            os.readlink(self.path)
+        except OSError as error:  # one that fails must not make a link look like a plain file
+            if error.errno not in (errno.EINVAL, errno.ENOENT):
+                raise
+            return self.path  # no link, or no file yet
         try:
             return os.path.realpath(self.path, strict=True)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
-        # No file yet, or a link that leads nowhere, which is then itself what stands in the place.
-        directory, name = os.path.split(self.path)
-        return os.path.join(os.path.realpath(directory, strict=True), name)
+            return self.path  # the link leads nowhere, and is itself what stands in the place
 
-    def _load(self, path: str) -> bytes:
+    def _load(self, path: str, directory: int | None = None) -> tuple[State, ServerLines]:
         try:
             # Without O_NONBLOCK, a FIFO in the place of the file would make us wait for ever.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENXIO):
                 raise self._unusable(_os_reason(error)) from error
             raise  # a disk or a limit that fails now says nothing about the file
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise self._unusable("通常のファイルではありません")
-            parts = []
-            while part := os.read(descriptor, 1 << 20):
-                parts.append(part)
-            return b"".join(parts)
+            data = b""
+            while part := os.read(descriptor, found.st_size + 1):
+                data += part
         finally:
             os.close(descriptor)
-
-    def _decoded(self, data: bytes) -> State:
         try:
-            return decode_state(data)
+            return decode_with_lines(data)
         except ValueError as error:
             raise self._unusable(str(error)) from error
 
     @contextmanager
-    def _locked(self, directory: str) -> Iterator[int]:
-        """Hold both locks on ``directory``, always in this order, and yield its descriptor.
+    def _locked(self) -> Iterator[tuple[int, str]]:
+        """Hold both locks; yield the descriptor of the document's directory, and its name in there.
 
         Every call opens descriptors of its own, so threads and forked children exclude each other
         like strangers.
         """
         deadline_s = time.monotonic() + self.lock_timeout_s
-        lock_file = os.path.join(directory, self.lock_name)
-        held: list[int] = []
+        path, name = os.path.split(self._locate())
+        held = [_open_directory(path)]
         try:
-            for open_descriptor in (_open_directory, self._open_lock_file):
-                held.append(open_descriptor(directory))
-                if not _lock_in_time(held[-1], deadline_s):
-                    raise LockTimeoutError(
-                        f"ロック取得タイムアウト\n  {lock_file} と {directory} のロックを"
-                        f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
-                        "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
-                        " (ロックファイルの削除は不要です)",
-                        lock_file=lock_file,
-                        timeout_s=self.lock_timeout_s,
-                    )
-            yield held[0]
+            had = _lock_in_turn(held[0], deadline_s)
+            if had:
+                held.append(self._open_lock_file(held[0]))
+                had = _lock_in_time(held[1], deadline_s)
+            if not had:
+                lock_file = os.path.join(path, self.lock_name)
+                raise LockTimeoutError(
+                    f"ロック取得タイムアウト\n  {lock_file} と {path} のロックを"
+                    f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
+                    "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
+                    " (ロックファイルの削除は不要です)",
+                    lock_file=lock_file,
+                    timeout_s=self.lock_timeout_s,
+                )
+            yield held[0], name
         finally:
             for descriptor in reversed(held):
-                # Unlocked by name, for a child forked meanwhile shares the lock through its copy of
-                # the descriptor. Should that fail, closing frees the lock in any other case.
-                with suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                with suppress(OSError):
-                    os.close(descriptor)
+                _unlock_and_close(descriptor)
 
-    def _open_lock_file(self, directory: str) -> int:
+    def _open_lock_file(self, directory: int) -> int:
         """Open the lock file; called with the directory locked, so only one of us ever makes it."""
-        lock_file = os.path.join(directory, self.lock_name)
         try:
-            return os.open(lock_file, os.O_RDONLY | os.O_NONBLOCK)
+            return os.open(self.lock_name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory)
         except FileNotFoundError:
             # Made elsewhere and moved in, so that a kill cannot leave one that the group cannot open.
-            temporary, descriptor = _open_temporary(lock_file)
+            temporary, descriptor = _open_temporary(directory, self.lock_name)
             try:
-                _share_with_group(descriptor, directory)
-                os.replace(temporary, lock_file)
+                _share_with_group(descriptor, os.fstat(directory))
+                os.replace(temporary, self.lock_name, src_dir_fd=directory, dst_dir_fd=directory)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -1319,15 +1473,15 @@ class JsonFileStore:
 
     def _commit(
         self,
-        path: str,
-        state: State,
         directory: int,
-        before: bytes = b"",
+        name: str,
+        state: State,
+        before: ServerLines = NO_LINES,
         aside: str | None = None,
     ) -> None:
-        """Make ``state`` the document at ``path``, atomically and durably; both locks are held.
+        """Make ``state`` the document, atomically and durably; both locks are held.
 
-        :param before: the document that it was made from.
+        :param before: the servers as they were read; see :func:`encode_state`.
         :param aside: a name under which what it replaces is kept.
 
         A failed ``fsync`` is final: the kernel may have dropped the very pages it could not write,
@@ -1339,21 +1493,21 @@ class JsonFileStore:
         except ValueError as error:
             reason = f"書き込めない内容です ({error})"
             raise self._error(StateFileError, reason, "ファイルは変更していません。内容を確認してください") from error
-        temporary, descriptor = _open_temporary(path)
+        temporary, descriptor = _open_temporary(directory, name)
         try:
             try:
-                _share_with_group(descriptor, os.path.dirname(path))
+                _share_with_group(descriptor, os.fstat(directory))
                 while data:
                     data = data[os.write(descriptor, data) :]
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if aside:
-                _keep_aside(path, aside)
-            os.replace(temporary, path)
+                _keep_aside(directory, name, aside)
+            os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             with suppress(OSError):  # the failure itself is what counts; the next change sweeps
-                os.unlink(temporary)
+                os.unlink(temporary, dir_fd=directory)
             raise
         if aside:
             logger.warning("使えない状態ファイルを %s に保存し、作り直しました", aside)
@@ -1425,7 +1579,7 @@ class GPUResourceManagerV01:
         path = os.environ.get(RESOURCE_FILE_VARIABLE) or self.RESOURCE_FILE if resource_file is None else resource_file
         if isinstance(path, os.PathLike):
             path = os.fspath(path)
-        if not isinstance(path, str) or not path or re.search("[\0\ud800-\udc7f\udd00-\udfff]", path):
+        if not isinstance(path, str) or not _is_path(path):
             raise _invalid("resource_file", path, "がファイルのパスではありません", "パスを文字列で指定してください")
         _check_seconds("lock_timeout_s", lock_timeout_s)
         described = self._described(servers, min_gpus)

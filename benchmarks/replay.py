@@ -30,6 +30,7 @@ from gpu_resource_manager_v01 import (
     admit,
     find_task,
     new_state,
+    put,
     reclaim,
     remove_task,
     set_waiting,
@@ -131,7 +132,7 @@ def replay(
                 continue
             found = find_task(state, task_id)
             assert found  # noqa: S101 - the trace is replayed wrongly otherwise
-            remove_task(*found)
+            put(state, remove_task(*found))
             serve()
         if limit_s != float("inf"):
             advance(limit_s)

@@ -42,6 +42,7 @@ from gpu_resource_manager_v01 import (
     encode_state,
     new_state,
     place,
+    put,
     reclaim,
     timestamp,
 )
@@ -84,7 +85,8 @@ def pool(path: Path, servers: int) -> Path:
     state = new_state(servers)
     for number, server in enumerate(state["servers"]):
         for position, (gpus, cpus) in enumerate((*FILL, (1, 1)) if number % 2 else FILL):
-            place(server, f"job-{number}-{position}", gpus, cpus, timestamp())
+            server = place(server, f"job-{number}-{position}", gpus, cpus, timestamp())
+        state["servers"][number] = server
     path.write_bytes(encode_state(state))
     return path
 
@@ -265,11 +267,12 @@ class BareFlockStore(JsonFileStore):
     """The floor: the same change under one blocking ``flock``, without a time limit."""
 
     @contextmanager
-    def _locked(self, directory: str) -> Iterator[int]:
-        descriptor = os.open(directory, os.O_RDONLY)
+    def _locked(self) -> Iterator[tuple[int, str]]:
+        path, name = os.path.split(self._locate())
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor
+            yield descriptor, name
         finally:
             os.close(descriptor)
 
@@ -374,7 +377,7 @@ def scaling(directory: Path, rounds: int) -> Iterator[Row]:
     for tasks in (125, 250, 500, 1000):
         state = new_state(2, 1024, 65536)
         for number in range(tasks):
-            place(state["servers"][0], f"job-{number}", 1, 1, timestamp())
+            put(state, place(state["servers"][0], f"job-{number}", 1, 1, timestamp()))
         path = directory / f"tasks-{tasks}.json"
         path.write_bytes(encode_state(state))
         manager = GPUResourceManagerV01(path)

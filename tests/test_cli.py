@@ -22,6 +22,7 @@ from filelock import FileLock
 from screens import CLI, Result, cli, finish, start
 from wcwidth import wcswidth
 
+from cli_v01 import HELP, build_parser
 from gpu_resource_manager_v01 import GPUResourceManagerV01, this_requester
 
 
@@ -189,9 +190,21 @@ def test_no_option_at_all_prints_the_help(pool: Path) -> None:
     assert help_screen.code == 0
     assert help_screen.err == ""
     assert help_screen.out.startswith("usage: cli_v01.py")
-    options = "--init --status --detail --allocate --release --reset --version --prefer-server --yes"
-    assert [option for option in options.split() if f"  {option}" not in help_screen.out] == []
     assert names(pool) == []
+
+
+def test_help_names_exactly_the_options_that_there_are() -> None:
+    (explained, _, _) = cli("--help").out.partition("終了コード:")
+    there_are = {option for action in build_parser()._actions for option in action.option_strings}
+    assert set(re.findall(r"^  (?:(-h), )?(--[a-z-]+)", explained, re.MULTILINE)) == {
+        ("-h" if option == "--help" else "", option) for option in there_are - {"-h"}
+    }
+
+
+def test_help_is_given_whatever_it_is_asked_with_unless_that_is_wrong() -> None:
+    assert cli("--status", "--help") == cli("-h") == cli("--help")
+    assert json.loads(cli("--help", "--json").out)["result"]["help"] == HELP
+    assert cli("--help", "--unknown").code == 2
 
 
 # --- The usage examples of the specification ------------------------------------------------------

@@ -22,7 +22,9 @@ from gpu_resource_manager_v01 import (
     Server,
     State,
     StateFileError,
+    Task,
     UnusableStateFileError,
+    allocation_of,
     check_state,
     decode_state,
     encode_state,
@@ -30,6 +32,7 @@ from gpu_resource_manager_v01 import (
     first_fit,
     new_state,
     place,
+    put,
     remove_all_tasks,
     remove_task,
     shortfall,
@@ -185,11 +188,12 @@ def test_generated_pools_reach_every_outcome(outcome: Callable[[int | None, int 
 )
 def test_first_fit_picks(preferred: int | None, gpus: int, cpus: int, server_id: int | None) -> None:
     state = new_state(3)
-    for server, (number, free_gpus, free_cpus) in zip(
-        state["servers"], [(5, 4, 16), (3, 1, 64), (0, 8, 64)], strict=True
-    ):
-        server["server_id"] = number
-        place(server, f"task-{number}", 8 - free_gpus, 64 - free_cpus, WHEN)
+    state["servers"] = [
+        place({**server, "server_id": number}, f"task-{number}", 8 - free_gpus, 64 - free_cpus, WHEN)
+        for server, (number, free_gpus, free_cpus) in zip(
+            state["servers"], [(5, 4, 16), (3, 1, 64), (0, 8, 64)], strict=True
+        )
+    ]
     assert chosen(state, preferred, gpus, cpus) == server_id
 
 
@@ -199,9 +203,9 @@ def test_first_fit_picks(preferred: int | None, gpus: int, cpus: int, server_id:
 def test_place_gives_the_lowest_available_gpus_and_says_what_it_gave() -> None:
     (server,) = new_state(1)["servers"]
     for task_id in ("a", "b", "c"):
-        place(server, task_id, 2, 8, WHEN)
-    remove_task(server, server["running_tasks"][0])
-    allocation = place(server, "タスク", 3, 16, WHEN)
+        server = place(server, task_id, 2, 8, WHEN)
+    server = place(remove_task(server, server["running_tasks"][0]), "タスク", 3, 16, WHEN)
+    allocation = allocation_of(server, server["running_tasks"][-1])
     assert allocation == {
         "task_id": "タスク",
         "server_id": 0,
@@ -211,7 +215,7 @@ def test_place_gives_the_lowest_available_gpus_and_says_what_it_gave() -> None:
         "cpu_count": 16,
     }
     assert (server["available_gpus"], server["available_cpus"]) == ([7], 32)
-    task = {"task_id": "タスク", "allocated_gpus": [0, 1, 6], "allocated_cpus": 16, "start_time": WHEN}
+    task: Task = {"task_id": "タスク", "allocated_gpus": [0, 1, 6], "allocated_cpus": 16, "start_time": WHEN}
     assert server["running_tasks"][-1] == task
     allocation["gpu_ids"].clear()
     assert server["running_tasks"][-1] == task, "the answer is the caller's to change"
@@ -219,13 +223,13 @@ def test_place_gives_the_lowest_available_gpus_and_says_what_it_gave() -> None:
 
 def test_removed_gpus_are_available_in_ascending_order() -> None:
     state = new_state(1)
-    (server,) = state["servers"]
     for task_id in ("a", "b", "c", "d"):
-        place(server, task_id, 2, 16, WHEN)
+        put(state, place(state["servers"][0], task_id, 2, 16, WHEN))
     for task_id, available in (("c", [4, 5]), ("a", [0, 1, 4, 5]), ("d", [0, 1, 4, 5, 6, 7])):
         found = find_task(state, task_id)
         assert found is not None
-        remove_task(*found)
+        server = remove_task(*found)
+        put(state, server)
         assert server["available_gpus"] == available
         assert server["available_cpus"] == 8 * len(available)
     assert [task["task_id"] for task in server["running_tasks"]] == ["b"]
@@ -234,7 +238,7 @@ def test_removed_gpus_are_available_in_ascending_order() -> None:
 def test_find_task_finds_exactly_this_identifier() -> None:
     state = new_state(3)
     for server, task_id in zip(state["servers"], ("task", "task-1", "Task"), strict=True):
-        place(server, task_id, 2, 1, WHEN)
+        put(state, place(server, task_id, 2, 1, WHEN))
     server = state["servers"][1]
     assert find_task(state, "task-1") == (server, server["running_tasks"][0])
     assert find_task(state, "task-") is None
@@ -247,9 +251,13 @@ def test_removing_all_tasks_keeps_servers_and_unknown_keys() -> None:
     state["servers"][1]["rack"] = {"row": 7}
     idle = copy.deepcopy(state)
     for number in range(4):
-        place(state["servers"][number // 2], f"task-{number}", 2, 8, WHEN)
+        put(state, place(state["servers"][number // 2], f"task-{number}", 2, 8, WHEN))
     remove_all_tasks(state)
     assert state == idle
+
+
+def seen(state: State) -> list[tuple[Server, Server]]:
+    return [(server, copy.deepcopy(server)) for server in state["servers"]]
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -260,6 +268,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.state = state
         self.model = Model(state)
         self.placed = 0
+        self.seen = seen(state)
 
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
@@ -271,7 +280,9 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.placed += 1
         task_id = f"新-{self.placed}"
-        allocation = place(server, task_id, gpus, cpus, WHEN)
+        server = place(server, task_id, gpus, cpus, WHEN)
+        put(self.state, server)
+        allocation = allocation_of(server, server["running_tasks"][-1])
         lowest = sorted(self.model.free_gpus[server_id])[:gpus]
         assert (allocation["server_id"], allocation["gpu_ids"]) == (server_id, lowest)
         self.model.take(task_id, server_id, set(lowest), cpus)
@@ -282,7 +293,7 @@ class PoolMachine(RuleBasedStateMachine):
         task_id = data.draw(st.sampled_from(sorted(self.model.tasks)))
         found = find_task(self.state, task_id)
         assert found is not None
-        remove_task(*found)
+        put(self.state, remove_task(*found))
         assert find_task(self.state, task_id) is None
         self.model.give_back(task_id)
 
@@ -295,6 +306,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def reload(self) -> None:
         self.state = decode_state(encode_state(self.state))
+
+    @invariant()
+    def no_server_was_altered_only_replaced(self) -> None:
+        assert all(server == copied for server, copied in self.seen)
+        self.seen = seen(self.state)
 
     @invariant()
     def state_is_valid_and_as_in_the_model(self) -> None:
@@ -333,8 +349,8 @@ def test_shortfall_says_what_is_short_and_whether_it_is_scattered(
     gpus: int, cpus: int, servers: list[str], scattered: str | None
 ) -> None:
     state = new_state(2)
-    place(state["servers"][0], "a", 4, 48, WHEN)
-    place(state["servers"][1], "b", 6, 56, WHEN)
+    put(state, place(state["servers"][0], "a", 4, 48, WHEN))
+    put(state, place(state["servers"][1], "b", 6, 56, WHEN))
     lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に確保できるサーバーがありません"]
     for server_id, (short, holder) in enumerate(
         zip(servers, ("a: GPU 4 個・CPU 48 個", "b: GPU 6 個・CPU 56 個"), strict=True)
@@ -357,7 +373,7 @@ def test_shortfall_says_what_is_short_and_whether_it_is_scattered(
 def test_summary_counts_the_pool_and_every_server() -> None:
     state = new_state(2, 3, 64)
     state["servers"].append({**new_state(1, 0, 0)["servers"][0], "server_id": 7, "server_name": "何もない"})
-    place(state["servers"][1], "a", 2, 24, WHEN)
+    put(state, place(state["servers"][1], "a", 2, 24, WHEN))
     columns = ["server_id", "server_name", "total_gpus", "available_gpus", "gpu_utilization"]
     columns += ["total_cpus", "available_cpus", "cpu_utilization", "running_tasks"]
     rows = [
@@ -410,7 +426,7 @@ any_text = st.text(st.characters(exclude_categories=()), max_size=20)
 @given(any_text)
 def test_task_id_is_accepted_exactly_if_it_can_be_stored(task_id: str) -> None:
     state = new_state(1)
-    place(state["servers"][0], task_id, 2, 1, WHEN)
+    put(state, place(state["servers"][0], task_id, 2, 1, WHEN))
     if task_id_problem(task_id) is None:
         assert find_task(decode_state(encode_state(state)), task_id) is not None
     else:
@@ -483,9 +499,8 @@ def valid_document() -> Any:
     state = new_state(2, 6, 16)
     second = state["servers"][1]
     for task_id, gpus, cpus in (("removed", 1, 2), ("タスク", 2, 4), ("b", 2, 8)):
-        place(second, task_id, gpus, cpus, WHEN)
-    remove_task(second, second["running_tasks"][0])
-    second["server_id"] = 7
+        second = place(second, task_id, gpus, cpus, WHEN)
+    state["servers"][1] = {**remove_task(second, second["running_tasks"][0]), "server_id": 7}
     return state
 
 
@@ -599,7 +614,7 @@ def test_document_that_breaks_the_invariant_is_refused_by_place(
 
 def test_task_on_two_servers_is_refused_by_place() -> None:
     document = valid_document()
-    place(document["servers"][0], "b", 2, 1, WHEN)
+    put(document, place(document["servers"][0], "b", 2, 1, WHEN))
     assert "servers[1].running_tasks[1]: task_id 'b'" in refusal(document)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from gpu_resource_manager_v01 import (
     NoCapacityError,
     Request,
     State,
+    Task,
     admit,
     ask,
     check_state,
@@ -32,6 +34,7 @@ from gpu_resource_manager_v01 import (
     new_servers,
     new_state,
     place,
+    put,
     reclaim,
     records,
     remove_task,
@@ -70,7 +73,7 @@ def arrive(state: State, wanted: Request, stay: bool = True) -> Allocation | NoC
 def release(state: State, task_id: str) -> None:
     found = find_task(state, task_id)
     assert found
-    remove_task(*found)
+    put(state, remove_task(*found))
     admit(state, NOW)
     check_state(state)
 
@@ -120,7 +123,8 @@ def test_request_that_does_not_wait_stands_behind_those_who_do() -> None:
     state["waiting"][0]["passed_over"] = MAX_PASSED_OVER
     found = find_task(state, "all")
     assert found
-    found[1]["allocated_gpus"], found[0]["available_gpus"] = [0, 1], [2, 3, 4, 5, 6, 7]
+    smaller: Task = {**found[1], "allocated_gpus": [0, 1]}
+    put(state, {**found[0], "available_gpus": [2, 3, 4, 5, 6, 7], "running_tasks": [smaller]})
     refusal = arrive(state, request("late", 2), stay=False)
     assert isinstance(refusal, NoCapacityError)
     assert "先に待っている要求のために確保中" in str(refusal)
@@ -231,13 +235,15 @@ def test_no_request_waits_while_it_could_run_and_none_is_passed_over_too_often(d
         if running(state) and data.draw(anything):
             found = find_task(state, data.draw(st.sampled_from(running(state))))
             assert found
-            remove_task(*found)
+            put(state, remove_task(*found))
         else:
             only = data.draw(st.sampled_from([None, None, "gpu-server-0", "gpu-server-1"]))
             wanted = request(f"t{number}", data.draw(st.integers(1, 8)), only_server_name=only)
             set_waiting(state, [*state.get("waiting", []), wanted])
         before = encode_state(state)
+        servers = [(server, copy.deepcopy(server)) for server in state["servers"]]
         admit(state, NOW, limit)
+        assert all(server == copied for server, copied in servers), "none was altered, only replaced"
         assert not admit(state, NOW, limit), "all that may be placed was placed at once"
         check_state(state)
         assert {record["task_id"] for record in records(state)} == {
@@ -300,7 +306,7 @@ def test_machine_is_the_server_that_bears_its_name(
 
 def test_machine_cannot_be_two_servers_at_once() -> None:
     state = pool_of("a", "b")
-    place(state["servers"][0], "t", 2, 1, NOW, {"host": "node", "local": True})
+    put(state, place(state["servers"][0], "t", 2, 1, NOW, {"host": "node", "local": True}))
     arrive(state, request("same", 2, host="node", local=True, only_server_name="a"))
     with pytest.raises(InvalidRequestError, match="既にサーバー a として"):
         arrive(state, request("other", 2, host="node", local=True, only_server_name="b"))
@@ -316,7 +322,7 @@ def test_fewest_releases_are_the_fewest() -> None:
     state = new_state(servers=1, gpus=16, cpus=64)
     server = state["servers"][0]
     for name, gpus, cpus in (("a", 2, 30), ("b", 2, 1), ("c", 6, 1), ("d", 4, 20)):
-        place(server, name, gpus, cpus, NOW)
+        server = place(server, name, gpus, cpus, NOW)
 
     def names(gpus: int, cpus: int) -> list[str]:
         return [task["task_id"] for task in fewest_releases(server, gpus, cpus)]
@@ -338,7 +344,7 @@ def test_fewest_releases_agree_with_trying_them_all(tasks: list[tuple[int, int]]
 
     server = new_state(servers=1, gpus=24, cpus=48)["servers"][0]
     for number, (held_gpus, held_cpus) in enumerate(tasks):
-        place(server, f"t{number}", held_gpus, held_cpus, NOW)
+        server = place(server, f"t{number}", held_gpus, held_cpus, NOW)
     if sum(task[0] for task in tasks) < gpus or sum(task[1] for task in tasks) < cpus:
         return
     sizes = [
@@ -355,9 +361,9 @@ def test_fewest_releases_agree_with_trying_them_all(tasks: list[tuple[int, int]]
 
 def test_refusal_names_the_holders_and_who_waits() -> None:
     state = new_state(servers=2)
-    place(state["servers"][0], "x", 8, 60, NOW, {"user": "alice"})
-    place(state["servers"][1], "y", 5, 1, NOW)
-    place(state["servers"][1], "z", 2, 1, NOW)
+    put(state, place(state["servers"][0], "x", 8, 60, NOW, {"user": "alice"}))
+    put(state, place(state["servers"][1], "y", 5, 1, NOW))
+    put(state, place(state["servers"][1], "z", 2, 1, NOW))
     arrive(state, request("waits", 8))
     refusal = arrive(state, request("late", 4, 8), stay=False)
     assert isinstance(refusal, NoCapacityError)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from conftest import PROJECT
 
-from cli_v01 import build_parser, parse
+from cli_v01 import HELP, build_parser, parse
 from gpu_resource_manager_v01 import check_state, decode_state
 
 README = (PROJECT / "README_v01.md").read_text("utf-8")
@@ -125,7 +125,8 @@ def test_page_names_every_option_and_exit_code() -> None:
     parser = build_parser()
     options = [action.option_strings[-1] for action in parser._actions if action.dest not in ("help", "version")]
     assert [option for option in options if option not in README] == []
-    assert re.findall(r"(?:: |/ )(\d+)", str(parser.epilog)) == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
+    exit_codes = HELP.split("終了コード:")[1]
+    assert re.findall(r"(?:  |/ )(\d+)", exit_codes) == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
 
 
 def test_page_names_every_code_of_the_json_output() -> None:

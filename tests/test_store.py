@@ -33,6 +33,7 @@ from gpu_resource_manager_v01 import (
     StateFileError,
     UnusableStateFileError,
     decode_state,
+    put,
 )
 
 ERRNOS = [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.EPERM, errno.ENOLCK]
@@ -281,7 +282,8 @@ def test_change_that_breaks_the_invariant_is_not_written(pool: Path) -> None:
     before = pool.read_bytes()
 
     def change(state: State) -> tuple[bool, None]:
-        state["servers"][0]["available_gpus"].append(99)
+        server = state["servers"][0]
+        put(state, {**server, "available_gpus": [*server["available_gpus"], 99]})
         return True, None
 
     with pytest.raises(StateFileError, match="書き込めない内容"):
