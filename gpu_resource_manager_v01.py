@@ -305,15 +305,16 @@ def _scan(text: str) -> tuple[Any, ServerLines] | None:
     lines = text[len(_OPENING) : closing].split(_BETWEEN_SERVERS)
     # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
     # around every server, then each line is one server, whatever is in it.
-    marked = f"{_OPENING}{_MARK},{f',{_MARK},'.join(lines)},{_MARK}{text[closing:]}"
     try:
-        document = _DECODER.decode(marked)
+        document = _DECODER.decode(f",{_MARK},".join([f"{_OPENING}{_MARK}", *lines, f"{_MARK}{text[closing:]}"]))
     except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
         return None
-    marked_servers = document["servers"]
-    if len(marked_servers) != 2 * len(lines) + 1 or [*marked_servers[::2]] != [_MARK] * (len(lines) + 1):
+    marked = document["servers"]
+    if type(marked) is not list or len(marked) != 2 * len(lines) + 3:  # a second key "servers" may be anything
         return None
-    document["servers"] = servers = marked_servers[1::2]
+    if [marked[0], *marked[1::2], marked[-1]] != [_MARK] * (len(lines) + 3):
+        return None
+    document["servers"] = servers = marked[2:-1:2]
     return document, (servers, lines)
 
 
@@ -342,13 +343,13 @@ def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
         lines = [line if server is known else _encode(server) for server, known, line in old]
     else:
         lines = [*map(_encode, servers)]
-    values = [
-        f"{_encode(key)}: [\n    {_BETWEEN_SERVERS.join(lines)}\n  ]"
-        if key == "servers"
-        else f"{_encode(key)}: {_encode(value)}"
-        for key, value in state.items()
-    ]
-    text = "{\n  " + ",\n  ".join(values) + "\n}\n"
+    # Joined once, for of a large document every copy counts.
+    parts = ["{\n  "]
+    for key, value in state.items():
+        parts += [",\n  "] if len(parts) > 1 else []
+        parts += [_encode(key), ": "]
+        parts += ["[\n    ", _BETWEEN_SERVERS.join(lines), "\n  ]"] if key == "servers" else [_encode(value)]
+    text = "".join([*parts, "\n}\n"])
     # A lone surrogate in an unknown key can only stand inside a JSON string, where the escape that
     # ``backslashreplace`` makes of it is the JSON escape it was read from.
     return text.encode("utf-8", "backslashreplace")
@@ -1250,11 +1251,10 @@ def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
 def _unlock_and_close(descriptor: int) -> None:
     # Unlocked by name, for a child forked meanwhile shares the lock through its copy of the descriptor.
     # Should that fail, closing frees the lock in any other case.
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        try:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        with suppress(OSError):
+        finally:
             os.close(descriptor)
 
 

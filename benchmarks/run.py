@@ -42,8 +42,8 @@ from gpu_resource_manager_v01 import (
     encode_state,
     new_state,
     place,
-    put,
     reclaim,
+    this_requester,
     timestamp,
 )
 
@@ -81,11 +81,12 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def pool(path: Path, servers: int) -> Path:
-    """Write a pool that is 70 % full."""
+    """Write a pool that is 70 % full, with tasks as the library records them."""
     state = new_state(servers)
+    requester = this_requester("python train.py")
     for number, server in enumerate(state["servers"]):
         for position, (gpus, cpus) in enumerate((*FILL, (1, 1)) if number % 2 else FILL):
-            server = place(server, f"job-{number}-{position}", gpus, cpus, timestamp())
+            server = place(server, f"job-{number}-{position}", gpus, cpus, timestamp(), requester)
         state["servers"][number] = server
     path.write_bytes(encode_state(state))
     return path
@@ -96,57 +97,40 @@ def pool(path: Path, servers: int) -> Path:
 
 def starts(directory: Path, rounds: int) -> Iterator[Row]:
     small, large = pool(directory / "small.json", 4), pool(directory / "large.json", 1000)
-    read = "import json; json.loads(open({!r}).read())"
-
-    def python(*words: str, path: Path = small) -> float:
-        environment = {**os.environ, "GPU_RESOURCE_FILE": str(path)}
-        return timed(lambda: subprocess.run([sys.executable, *words], env=environment, capture_output=True))  # noqa: S603
-
-    cases: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = []
-    for words, imports in (
-        (["--help"], "argparse, json"),
-        (["--unknown"], "argparse, json"),
-        (["--status"], "argparse, json, tabulate"),
-        (["--allocate", "bench", "2", "1"], "argparse, json, filelock"),
-        (["--release", "bench"], "argparse, json, filelock"),
-    ):
-        cases.append(
-            (
-                f"{words[0]}, 4 servers",
-                f"import {imports}",
-                partial(python, CLI, *words),
-                partial(python, "-c", f"import {imports}"),
-            )
-        )
-    cases.append(
-        (
-            "--status, 4 servers",
-            "import json; json.loads(…)",
-            lambda: python(CLI, "--status"),
-            lambda: python("-c", read.format(str(small))),
-        )
-    )
-
-    def allocate_and_release(path: Path) -> float:
-        cost = python(CLI, "--allocate", "bench-size", "2", "1", path=path)
-        python(CLI, "--release", "bench-size", path=path)
-        return cost
-
-    cases.append(
-        (
-            "--allocate, 1000 servers",
-            "--allocate, 4 servers",
-            lambda: allocate_and_release(large),
-            lambda: allocate_and_release(small),
-        )
-    )
-    found: list[tuple[list[float], list[float]]] = [([], []) for _ in cases]
+    local, emptied = directory / "local.json", directory / "emptied.json"
+    GPUResourceManagerV01(local, servers=[(os.uname().nodename, 8, 64)])
+    read = f"import json; json.loads(open({str(small)!r}).read())"
+    bare, locking, showing = (f"import argparse, json{more}" for more in ("", ", filelock", ", tabulate"))
+    allocate, release = ("--allocate", "bench", "2", "1"), ("--release", "bench")
+    run, plain = ("--run", "bench", "2", "1", "--", "true"), ("--help", "--unknown", "--version", "--init", "--detail")
+    # In this order, every allocation is followed by its release.
+    programs: dict[str, tuple[tuple[str, ...], Path]] = {
+        **{name: (("-c", script), small) for name, script in ((bare, bare), (locking, locking), (showing, showing))},
+        "import json; json.loads(…)": (("-c", read), small),
+        **{
+            word: ((CLI, word), small)
+            for word in ("--help", "--unknown", "--version", "--init", "--detail", "--status")
+        },
+        **{words[0]: ((CLI, *words), small) for words in (allocate, release)},
+        **{f"{words[0]}, 1000 servers": ((CLI, *words), large) for words in (allocate, release)},
+        "--run": ((CLI, *run), local),
+        "--reset": ((CLI, "--reset", "--yes"), emptied),
+    }
+    costs: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
-        for (_, _, ours, floor), (costs, floors) in zip(cases, found, strict=True):
-            costs.append(ours())
-            floors.append(floor())
-    for (what, against, _, _), (costs, floors) in zip(cases, found, strict=True):
-        yield Row("start", what, against, "ms", *spread(costs), statistics.median(floors))
+        for name, (words, path) in programs.items():
+            environment = {**os.environ, "GPU_RESOURCE_FILE": str(path)}
+            work = partial(subprocess.run, [sys.executable, *words], env=environment, capture_output=True)
+            costs[name].append(timed(work))
+    for what, floors in (
+        *((word, (bare,)) for word in plain),
+        ("--status", (bare, showing, "import json; json.loads(…)")),
+        *((word, (bare, locking)) for word in ("--allocate", "--release", "--run", "--reset")),
+        ("--allocate, 1000 servers", ("--allocate",)),
+        ("--release, 1000 servers", ("--release",)),
+    ):
+        for floor in floors:
+            yield Row("start", what, floor, "ms", *spread(costs[what]), statistics.median(costs[floor]))
 
 
 # --- (b) a durable change -------------------------------------------------------------------------
@@ -231,33 +215,16 @@ def changes(directory: Path, rounds: int) -> Iterator[Row]:
             data = path.read_bytes()
             if number == 2:
                 costs.clear()
-            note("floor", partial(write_durably, str(place_of), data))
+            note("write+fsync+rename+fsync", partial(write_durably, str(place_of), data))
             note("allocate", partial(manager.allocate_resources, "bench", 2, 1))
             note("release", partial(manager.release_resources, "bench"))
-            for name, other in (("rollback", rollback), ("WAL", log)):
-                note(name, partial(other.allocate, "bench", 2, 1))
-                other.release("bench")
-        floor = statistics.median(costs["floor"])
-        yield Row(
-            "change",
-            f"allocate, {servers} servers",
-            "write+fsync+rename+fsync",
-            "ms",
-            *spread(costs["allocate"]),
-            floor,
-        )
-        yield Row(
-            "change", f"release, {servers} servers", "write+fsync+rename+fsync", "ms", *spread(costs["release"]), floor
-        )
-        for name, what in (("rollback", "SQLite rollback, EXTRA"), ("WAL", "SQLite WAL, FULL")):
-            yield Row(
-                "change",
-                f"allocate, {servers} servers",
-                what,
-                "ms",
-                *spread(costs["allocate"]),
-                statistics.median(costs[name]),
-            )
+            for name, other in (("SQLite rollback, EXTRA", rollback), ("SQLite WAL, FULL", log)):
+                note(f"allocate {name}", partial(other.allocate, "bench", 2, 1))
+                note(f"release {name}", partial(other.release, "bench"))
+        for change in ("allocate", "release"):
+            for name in ("write+fsync+rename+fsync", "SQLite rollback, EXTRA", "SQLite WAL, FULL"):
+                floor = statistics.median(costs.get(f"{change} {name}") or costs[name])
+                yield Row("change", f"{change}, {servers} servers", name, "ms", *spread(costs[change]), floor)
 
 
 # --- (c) contention -------------------------------------------------------------------------------
@@ -282,6 +249,8 @@ def contend(path: Path, bare: bool, seconds: float, name: str, barrier: Any, ans
     manager = GPUResourceManagerV01(path)
     if bare:
         manager._store.__class__ = BareFlockStore
+    manager.allocate_resources(name, 2, 1)  # what a process does once only, such as imports, is a matter of (a)
+    manager.release_resources(name)
     barrier.wait()
     waits: list[float] = []
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -358,38 +327,39 @@ def reads(directory: Path, rounds: int) -> Iterator[Row]:
         yield Row("read", what, "json.loads", "ms", *spread(ours), statistics.median(floors))
 
 
-def growth(costs: dict[int, float]) -> float:
+SIZES = (125, 250, 500, 1000)
+
+
+def growth(costs: list[float]) -> float:
     """Return the exponent of the power of the size that fits the costs best: 1 is linear."""
-    xs, ys = [math.log(size) for size in costs], [math.log(cost) for cost in costs.values()]
-    return statistics.linear_regression(xs, ys).slope
+    return statistics.linear_regression([*map(math.log, SIZES)], [*map(math.log, costs)]).slope
+
+
+def crowded(path: Path, tasks: int) -> Path:
+    """Write a pool of two servers, the first of which runs this many tasks."""
+    first, second = new_state(2, 1024, 65536)["servers"]
+    for number in range(tasks):
+        first = place(first, f"job-{number}", 1, 1, timestamp())
+    path.write_bytes(encode_state({**new_state(), "servers": [first, second]}))
+    return path
 
 
 def scaling(directory: Path, rounds: int) -> Iterator[Row]:
-    by_servers: dict[int, float] = {}
-    for servers in (125, 250, 500, 1000):
-        manager = GPUResourceManagerV01(pool(directory / f"scale-{servers}.json", servers))
-        costs = []
-        for _ in range(rounds):
-            costs.append(timed(partial(manager.allocate_resources, "bench", 2, 1)))
-            manager.release_resources("bench")
-        by_servers[servers] = statistics.median(costs)
-    by_tasks: dict[int, float] = {}
-    for tasks in (125, 250, 500, 1000):
-        state = new_state(2, 1024, 65536)
-        for number in range(tasks):
-            put(state, place(state["servers"][0], f"job-{number}", 1, 1, timestamp()))
-        path = directory / f"tasks-{tasks}.json"
-        path.write_bytes(encode_state(state))
-        manager = GPUResourceManagerV01(path)
-        costs = []
-        for _ in range(rounds):
-            costs.append(timed(partial(manager.allocate_resources, "bench", 2, 1)))
-            manager.release_resources("bench")
-        by_tasks[tasks] = statistics.median(costs)
-    for what, found in (("servers", by_servers), ("tasks of one server", by_tasks)):
-        exponent = growth(found)
+    whole_change = 0.0
+    for what, make in (("servers", pool), ("tasks of one server", crowded)):
+        medians: list[float] = []
+        for size in SIZES:
+            manager = GPUResourceManagerV01(make(directory / f"{what}-{size}.json", size))
+            costs = []
+            for _ in range(rounds):
+                costs.append(timed(partial(manager.allocate_resources, "bench", 2, 1)))
+                manager.release_resources("bench")
+            medians.append(statistics.median(costs))
+            yield Row("scaling", f"allocate, {size} {what}", f"{SIZES[0]} {what}", "ms", *spread(costs), medians[0])
+        exponent = growth(medians)
         yield Row("scaling", f"exponent of growth with {what}", "linear", "", exponent, exponent, exponent, 1.0)
-    data = (directory / "scale-1000.json").read_bytes()
+        whole_change = whole_change or medians[-1]
+    data = (directory / "servers-1000.json").read_bytes()
     never_free = Leases(str(directory / "none")).is_ended
     request: Request = {
         "task_id": "bench",
@@ -408,7 +378,7 @@ def scaling(directory: Path, rounds: int) -> Iterator[Row]:
             ask(state, request, "", False, False)
 
         costs.append(timed(decide))
-    yield Row("scaling", "decisions, 1000 servers", "the whole change", "ms", *spread(costs), by_servers[1000])
+    yield Row("scaling", "decisions, 1000 servers", "the whole change", "ms", *spread(costs), whole_change)
 
 
 # --- (f) replay, and the table --------------------------------------------------------------------
@@ -419,7 +389,7 @@ def replays(trace: Path, rounds: int) -> Iterator[Row]:
 
     jobs = read_trace(trace)
     costs = [timed(lambda: replay(jobs)) for _ in range(min(rounds, 5))]
-    yield Row("replay", f"{len(jobs)} jobs (all figures: replay.py)", "1 second", "ms", *spread(costs), 1000.0)
+    yield Row("replay", f"{len(jobs)} jobs (more by replay.py)", "1 second", "ms", *spread(costs), 1000.0)
 
 
 def show(row: Row) -> None:

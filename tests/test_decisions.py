@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import Phase, find, given, settings
+from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -24,9 +25,12 @@ from gpu_resource_manager_v01 import (
     StateFileError,
     Task,
     UnusableStateFileError,
+    _check_server,
+    _is_plainly_sound,
     allocation_of,
     check_state,
     decode_state,
+    decode_with_lines,
     encode_state,
     find_task,
     first_fit,
@@ -491,6 +495,74 @@ def test_infinite_number_is_never_written() -> None:
         encode_state(state)
 
 
+def odd_pool() -> Any:
+    """Servers with keys of somebody else's that look much like ours."""
+    odd: Any = {"x": [1, {"server_id": 0}, {"server_id": 1}], "y": {"servers": [-7, [], "a, b], \\", {}]}}
+    state = new_state(5)
+    state["servers"] = [
+        {**place(server, f"a\u3000,{server['server_id']}", 2, 1, WHEN), **odd} for server in state["servers"]
+    ]
+    return {**state, **odd}
+
+
+#: the document with what may be broken into lines apart from the rest, at the odd positions
+PIECES = re.split(r"(,\s+|[\[{]\s*|\s*[]}])", encode_state(odd_pool()).decode())
+BREAKS = ["{}\n    ", "{}\n  ", "\n  {}", "{} ", ", ", ",\n    ", ""]
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.sampled_from(range(1, len(PIECES), 2)), st.sampled_from(BREAKS)), max_size=5))
+def test_lines_broken_anywhere_change_nothing(changes: list[tuple[int, str]]) -> None:
+    """The line breaks of a document of ours were moved by hand, and then one server of it is replaced."""
+    pieces = PIECES[:]
+    for number, form in changes:
+        pieces[number] = form.format(pieces[number].strip())
+    text = "".join(pieces)
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        with pytest.raises(ValueError):
+            decode_state(text.encode())
+        return
+    assume(expected["servers"] == odd_pool()["servers"])
+    found, lines = decode_with_lines(text.encode())
+    assert found == expected
+    put(found, place(found["servers"][1], "new", 2, 1, WHEN))
+    assert json.loads(encode_state(found, lines)) == found
+
+
+def test_line_is_that_of_a_server_only_if_it_holds_that_server_and_nothing_else() -> None:
+    text = encode_state(odd_pool()).decode()
+    _, (_, lines) = decode_with_lines(text.encode())
+    assert len(lines) == 5
+    # One break within the first server, and two missing between the others: as many marks as it takes.
+    text = text.replace('[1, {"server_id"', '[1,\n    {"server_id"', 1)
+    text = text.replace('},\n    {"server_id": 2', '}, {"server_id": 2').replace(
+        '},\n    {"server_id": 3', '}, {"server_id": 3'
+    )
+    assert decode_with_lines(text.encode()) == (odd_pool(), ((), ()))
+
+
+def test_line_of_a_server_that_was_not_replaced_is_written_as_it_was_read() -> None:
+    state: Any = new_state(3)
+    state["servers"][2]["x"] = [1.5, "é"]
+    text = encode_state(state).decode().replace("1.5", "15e-1").replace("é", "\\u00e9")
+    found, lines = decode_with_lines(text.encode())
+    put(found, place(found["servers"][1], "new", 2, 1, WHEN))
+    written = encode_state(found, lines).decode()
+    assert [line for line in text.splitlines() if "gpu-server-1" not in line] == [
+        line for line in written.splitlines() if "gpu-server-1" not in line
+    ]
+
+
+@pytest.mark.parametrize("key", ['"servers"', '"\\u0073ervers"'])
+@pytest.mark.parametrize("value", ["5", "[]", "{}", "null", "[-7, -7, {}, -7, -7]", "[\n    {},\n    {}\n  ]"])
+def test_second_key_for_the_servers_counts_as_it_does_in_json(key: str, value: str) -> None:
+    text = encode_state(new_state(2)).decode().replace('"version"', f'{key}: {value},\n  "version"')
+    with pytest.raises(ValueError, match=r"servers"):
+        decode_state(text.encode())
+
+
 # --- Refusing what is no valid document -----------------------------------------------------------
 
 
@@ -587,6 +659,8 @@ def test_missing_or_wrong_value_is_refused_by_place_and_key(
         ((*SERVER, "available_gpus"), [0, 6], ["servers[1]", "GPU"]),  # the number is right, the index is not
         ((*SERVER, "available_gpus"), [5, 0], ["servers[1]", "available_gpus", "昇順"]),
         ((*SERVER, "available_gpus"), [0, 0], ["servers[1]", "available_gpus"]),
+        ((*SERVER, "available_gpus"), [False, 5], ["servers[1]", "available_gpus"]),  # equal to what is right
+        ((*TASK, "allocated_gpus"), [1, 2.0], ["servers[1].running_tasks[0]", "allocated_gpus"]),
         ((*SERVER, "available_gpus"), [-1, 0], ["servers[1]", "available_gpus"]),
         ((*TASK, "allocated_gpus"), [1, 1], ["servers[1]", "allocated_gpus"]),
         ((*TASK, "allocated_gpus"), [-1, 1], ["servers[1]", "allocated_gpus"]),
@@ -610,6 +684,41 @@ def test_document_that_breaks_the_invariant_is_refused_by_place(
     at(document, path[:-1])[path[-1]] = value
     reason = refusal(document)
     assert [fragment for fragment in fragments if fragment not in reason] == [], reason
+
+
+def test_negative_number_that_the_sum_makes_up_for_is_refused() -> None:
+    document = valid_document()
+    first, second = document["servers"][1]["running_tasks"]
+    first["allocated_cpus"], second["allocated_cpus"] = -1, second["allocated_cpus"] + first["allocated_cpus"] + 1
+    assert "servers[1].running_tasks[0]: allocated_cpus" in refusal(document)
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Return where in a document a value stands, at any depth."""
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, inner in below for place in places(inner, (*path, key))]
+
+
+@PROPERTY
+@given(states(), st.data())
+def test_quick_check_of_a_server_accepts_nothing_that_the_thorough_one_refuses(
+    state: State, data: st.DataObject
+) -> None:
+    server: Any = state["servers"][0]
+    assert _is_plainly_sound(server)
+    for _ in range(data.draw(st.integers(1, 2))):
+        *above, key = data.draw(st.sampled_from(places(server)))
+        kinds = [value for values in WRONG_VALUES.values() for value in values]
+        wrong: st.SearchStrategy[Any] = st.sampled_from(
+            [*kinds, *WRONG_GPU_LISTS, 0, 1, 2, 0.0, 1.0, "-a", " ", "x" * 129, "正"]
+        )
+        changed = at(server, tuple(above))
+        if data.draw(st.booleans()) and not isinstance(changed, list):
+            del changed[key]
+        else:
+            changed[key] = copy.deepcopy(data.draw(wrong))
+    if _is_plainly_sound(server):
+        _check_server(server, "servers[0]")
 
 
 def test_task_on_two_servers_is_refused_by_place() -> None:

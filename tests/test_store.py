@@ -21,9 +21,10 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import ALICE, BOB, BOTH_FILES, LAB, PROJECT, STRANGER, Children, become, names, running
+from conftest import ALICE, BOB, BOTH_FILES, GUARD_S, LAB, PROJECT, STRANGER, Children, become, names, running
 from syscalls import at_call, failing, intercepted, recorded
 
+import gpu_resource_manager_v01
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     InvalidRequestError,
@@ -409,6 +410,125 @@ def test_full_disk_leaves_the_old_document(tmp_path: Path) -> None:
         assert names(pool) == BOTH_FILES
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- Waiting for the lock -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def directory_locked(pool: Path) -> Iterator[int]:
+    """Hold what a change of another process holds; yields the descriptor."""
+    descriptor = os.open(pool.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy
+        os.close(descriptor)
+
+
+def held_by_us() -> tuple[int, int]:
+    """Return how many threads and descriptors this process has."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + GUARD_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "a guard against a hang"
+        time.sleep(0.001)
+
+
+def test_waits_given_up_collect_neither_threads_nor_descriptors(pool: Path) -> None:
+    before = held_by_us()
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0.01)
+    with directory_locked(pool):
+        for _ in range(20):
+            with pytest.raises(LockTimeoutError):
+                manager.release_resources("task")
+        threads, descriptors = held_by_us()
+        assert threads <= before[0] + 1 and descriptors <= before[1] + 2  # the lock held here is one
+    wait_until(lambda: held_by_us() == before)
+    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("task", 2, 1)
+    assert held_by_us() == before
+
+
+def test_timeout_of_no_time_at_all_starts_no_thread(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0)
+    with directory_locked(pool):
+        before = held_by_us()
+        with pytest.raises(LockTimeoutError) as caught:
+            manager.release_resources("task")
+        assert held_by_us() == before
+    assert caught.value.lock_file == str(pool.parent / ".resource.lock")
+
+
+def test_lock_had_after_a_wait_was_given_up_is_free_again_even_with_a_forked_child(
+    pool: Path, children: Children
+) -> None:
+    """The child has copies of the descriptors of the wait, so that closing them here would not free the lock."""
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0.5)
+    failed: list[BaseException] = []
+    reading, writing = os.pipe()
+
+    def wait_in_vain() -> None:
+        try:
+            manager.release_resources("task")
+        except LockTimeoutError as error:
+            failed.append(error)
+
+    with directory_locked(pool):
+        before = held_by_us()
+        waiting = threading.Thread(target=wait_in_vain)
+        waiting.start()
+        wait_until(lambda: held_by_us()[0] >= before[0] + 2)  # it, and the one that stands in the queue
+
+        def outlive_the_wait() -> None:
+            os.close(writing)
+            os.read(reading, 1)
+
+        child = children.start(outlive_the_wait)
+        waiting.join()
+        assert len(failed) == 1
+    try:
+        assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("task", 2, 1)
+    finally:
+        os.close(writing)
+        os.close(reading)
+    assert children.wait(child) == 0
+
+
+def test_interrupted_wait_leaves_no_lock(pool: Path) -> None:
+    manager = GPUResourceManagerV01(pool)
+    before = held_by_us()
+
+    def interrupt_the_wait() -> None:
+        wait_until(lambda: held_by_us()[0] >= before[0] + 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with directory_locked(pool):
+        helper = threading.Thread(target=interrupt_the_wait)
+        helper.start()
+        with pytest.raises(KeyboardInterrupt):
+            manager.release_resources("task")
+        helper.join()
+    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("task", 2, 1)
+    wait_until(lambda: held_by_us() == before)
+
+
+def test_wait_goes_on_where_no_thread_can_be_started(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(gpu_resource_manager_v01, "start_new_thread", refuse)
+    before = held_by_us()
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0.05)
+    with directory_locked(pool) as descriptor:
+        with pytest.raises(LockTimeoutError):
+            manager.release_resources("task")
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        assert manager.allocate_resources("task", 2, 1)
+    assert held_by_us() == before
 
 
 # --- Kills ----------------------------------------------------------------------------------------
