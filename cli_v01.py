@@ -249,7 +249,7 @@ class WaitingLine:
         if self.terminal:
             from shutil import get_terminal_size
 
-            fits = get_terminal_size().columns // 2  # Japanese letters take two columns each
+            fits = (get_terminal_size().columns or 80) // 2  # Japanese letters take two columns each
             print(f"\r\x1b[K{safe(text)[:fits]}", end="", file=sys.stderr, flush=True)
         elif not (self.once and self.shown):
             show_error(text)
@@ -420,7 +420,7 @@ def detected_server() -> ServerDescription:
     return host_name(), gpus, os.cpu_count() or 1
 
 
-#: as it is, for to let argparse format it costs a fifth of a start
+#: a text of its own, for argparse would take a fifth of a start to make one
 HELP = """\
 usage: cli_v01.py コマンド [オプション]
 
@@ -581,19 +581,17 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
 
     :raises Refusal: it was not carried out.
     """
-    args = parse(build_parser(), words, job) if {*words} - {"-h", "--help", "--json"} or job else None
-    if args is None or args.help or (args.command is None and not args.version):
+    help_alone = not ({*words} - {"-h", "--help", "--json"} or job)
+    if not help_alone:
+        if __name__ == "__main__":  # not in a program that calls ``main``: there, signals are its own
+            end_waits_on_signals()
+        args = parse(build_parser(), words, job)
+    if help_alone or args.help or (args.command is None and not args.version):
         return Answer(EXIT_OK, HELP.rstrip(), {"help": HELP})
     if args.version:
         return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
-    if __name__ == "__main__":  # not in a program that calls ``main``: there, these are its own
-        end_waits_on_signals()
-        # To compile the library anew takes longer than all the rest, and many containers set
-        # PYTHONDONTWRITEBYTECODE for packages that they have compiled already.
-        sys.dont_write_bytecode = False
     try:
-        import gpu_resource_manager_v01 as library
-
+        library = imported_library()
         try:
             args.warnings = Warnings()
             args.warnings.listen(library.logger)
@@ -612,6 +610,22 @@ def run(words: Sequence[str], job: list[str] | None) -> Answer:
         remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
         message = f"必要なパッケージを読み込めません: {error}\n  対処: {remedy}"
         raise Refusal(EXIT_USAGE, "missing_package", message) from error
+
+
+def imported_library() -> Any:
+    """Import the library, and keep its compiled form: without that, a start takes a quarter longer.
+
+    Containers that set PYTHONDONTWRITEBYTECODE mean the packages that they have compiled already, and
+    ``python -B`` means it.
+    """
+    as_told = sys.dont_write_bytecode
+    if os.environ.get("PYTHONDONTWRITEBYTECODE") and __name__ == "__main__":
+        sys.dont_write_bytecode = False
+    try:
+        import gpu_resource_manager_v01
+    finally:
+        sys.dont_write_bytecode = as_told
+    return gpu_resource_manager_v01
 
 
 def classified(error: Exception, library: Any) -> tuple[int, str]:
@@ -694,5 +708,5 @@ def end_waits_on_signals() -> None:
 
 
 if __name__ == "__main__":
-    # All is written and flushed. To take the interpreter apart, import by import, is a tenth of a start.
+    # All is written and flushed; taking the interpreter apart, import by import, is a tenth of a start.
     os._exit(main())

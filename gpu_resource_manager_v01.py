@@ -34,7 +34,7 @@ from _thread import TIMEOUT_MAX, allocate_lock, start_new_thread
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import chain, zip_longest
+from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -192,8 +192,8 @@ class Task(Requester):
 class Server(TypedDict):
     """One server with what is free on it and the tasks that hold the rest.
 
-    Never altered: a decision puts an altered copy in its place (:func:`put`), so that what it has not
-    touched need neither be checked nor encoded again.
+    Never altered where it may be written: a decision puts an altered copy in its place (:func:`put`), so
+    that what it has not touched need neither be checked nor encoded again.
     """
 
     server_id: ReadOnly[int]
@@ -281,7 +281,7 @@ def decode_with_lines(data: bytes) -> tuple[State, ServerLines]:
     """Return what :func:`decode_state` does, and the lines of the servers as they were read."""
     try:
         text = data.decode("utf-8")
-        document, lines = _scan(text) or (_DECODER.decode(text), NO_LINES)
+        document, lines = _scan(text) or (json.loads(text, **_FINITE), NO_LINES)
     except UnicodeDecodeError as error:
         raise ValueError(f"UTF-8 として読めません ({error.start} バイト目)") from error
     except RecursionError as error:
@@ -294,28 +294,28 @@ def decode_with_lines(data: bytes) -> tuple[State, ServerLines]:
 
 # What a document of ours has before, between and after its servers, each of which has a line.
 _OPENING, _BETWEEN_SERVERS, _CLOSING = '{\n  "servers": [\n    ', ",\n    ", "\n  ]"
-_MARK = -7  # any number that is no server
+_MARK = str(1 - 2**61)  # no server, and no ``float`` is equal to it
 
 
 def _scan(text: str) -> tuple[Any, ServerLines] | None:
     """Decode a text that is laid out as we do it; ``None`` if it is another one, or no JSON at all."""
     closing = text.rfind(_CLOSING)
-    if not text.startswith(_OPENING) or closing < 0:
+    if not text.startswith(_OPENING) or closing < 0 or _MARK in text:
         return None
     lines = text[len(_OPENING) : closing].split(_BETWEEN_SERVERS)
     # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
     # around every server, then each line is one server, whatever is in it.
     try:
-        document = _DECODER.decode(f",{_MARK},".join([f"{_OPENING}{_MARK}", *lines, f"{_MARK}{text[closing:]}"]))
+        document = _DECODER.decode(f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + text[closing:]]))
     except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
         return None
     marked = document["servers"]
     if type(marked) is not list or len(marked) != 2 * len(lines) + 3:  # a second key "servers" may be anything
         return None
-    if [marked[0], *marked[1::2], marked[-1]] != [_MARK] * (len(lines) + 3):
+    if [marked[0], *marked[1::2], marked[-1]] != [int(_MARK)] * (len(lines) + 3):
         return None
     document["servers"] = servers = marked[2:-1:2]
-    return document, (servers, lines)
+    return document, (tuple(servers), lines)
 
 
 def _finite(text: str) -> float:
@@ -325,7 +325,8 @@ def _finite(text: str) -> float:
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+_FINITE: Any = {"parse_constant": _finite, "parse_float": _finite}
+_DECODER = json.JSONDecoder(**_FINITE)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
@@ -336,19 +337,17 @@ def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
         neither checked nor encoded again: that is most of the work of a change.
     :raises ValueError: it is unsound, or a value of an unknown key has no JSON form (an infinite number).
     """
-    servers, lines = state["servers"], before[1]
     check_state(state, before[0])
-    if len(lines) == len(servers):
-        old = zip(servers, *before, strict=True)
-        lines = [line if server is known else _encode(server) for server, known, line in old]
-    else:
-        lines = [*map(_encode, servers)]
+    servers: Iterable[str] = map(_encode, state["servers"])
+    if len(before[0]) == len(state["servers"]):
+        old = zip(state["servers"], *before, strict=True)
+        servers = (line if server is known else _encode(server) for server, known, line in old)
     # Joined once, for of a large document every copy counts.
     parts = ["{\n  "]
     for key, value in state.items():
         parts += [",\n  "] if len(parts) > 1 else []
         parts += [_encode(key), ": "]
-        parts += ["[\n    ", _BETWEEN_SERVERS.join(lines), "\n  ]"] if key == "servers" else [_encode(value)]
+        parts += ["[\n    ", _BETWEEN_SERVERS.join(servers), "\n  ]"] if key == "servers" else [_encode(value)]
     text = "".join([*parts, "\n}\n"])
     # A lone surrogate in an unknown key can only stand inside a JSON string, where the escape that
     # ``backslashreplace`` makes of it is the JSON escape it was read from.
@@ -384,7 +383,7 @@ def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
     held by exactly one task, both lists ascending; available CPUs and the tasks' CPUs add up to
     ``total_cpus``; a ``server_id`` occurs once, and so does a ``task_id``, be it running or waiting.
 
-    :param sound: servers that have been checked already; one that stands in its old place is not checked again.
+    :param sound: servers that have been checked already and not been altered since.
     :raises ValueError: it does not hold; the text names the place and the reason.
     """
     if type(document) is dict and document.get("version") != FORMAT_VERSION:
@@ -395,8 +394,9 @@ def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
     servers, waiting = document["servers"], document.get("waiting", [])
     if not servers:
         raise ValueError("servers が空です")
-    for position, (server, known) in enumerate(zip_longest(servers, sound[: len(servers)], fillvalue=object())):
-        if server is not known and not _is_plainly_sound(server):
+    known = {*map(id, sound)}
+    for position, server in enumerate(servers):
+        if id(server) not in known and not _is_plainly_sound(server):
             _check_server(server, f"servers[{position}]")
     for position, request in enumerate(waiting):
         _check_record(request, _REQUEST_KEYS, f"waiting[{position}]")
@@ -701,7 +701,7 @@ def set_waiting(state: State, waiting: list[Request]) -> None:
 
 def _requester_of(request: Request) -> Requester:
     """Return all of the request but what is asked: who asked it, and keys that we do not know."""
-    asked = {*_REQUEST_KEYS, "prefer_server_id", "only_server_name"} - {"lease"}
+    asked = {*_REQUEST_KEYS, *_TASK_KEYS, "prefer_server_id", "only_server_name"} - {"lease"}
     requester: Any = {key: value for key, value in request.items() if key not in asked}
     found: Requester = requester
     return found
@@ -1008,8 +1008,8 @@ def _os_reason(error: OSError) -> str:
     return f"{error.strerror or error}{place}"
 
 
-# ``directory`` is the descriptor of an open one from here on: whatever becomes of its name meanwhile,
-# all that a change reads and writes lies in the directory that it has locked.
+# ``directory`` is the descriptor of an open one: whatever becomes of its name meanwhile, a change reads
+# and writes the document in the directory that it has locked.
 
 
 def _open_directory(path: str, directory: int | None = None) -> int:
@@ -1194,67 +1194,109 @@ def _lock_in_time(descriptor: int, deadline_s: float) -> bool:
 
 
 class _Wait:
-    """A wait of this process in the kernel's queue for a lock."""
+    """A wait for a lock in the kernel's own queue, in which a thread stands."""
 
-    given_up = False
+    def __init__(self, descriptor: int) -> None:
+        self.given_up = self._had = self._closed = False
+        self._failure: BaseException | None = None
+        self._done, self._closing = allocate_lock(), allocate_lock()
+        self._done.acquire()
+        self._own = os.dup(descriptor)  # the same lock, under a number that nobody else closes and reuses
+        _lock_descriptors.add(self._own)
+        _waits.append(self)
+        try:
+            start_new_thread(self._stand_in_queue, ())
+        except BaseException:
+            self._end()
+            raise
+
+    def _stand_in_queue(self) -> None:
+        try:
+            fcntl.flock(self._own, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes, which would poll for it
+            self._had = True
+        except BaseException as error:  # it is raised again where the lock is waited for
+            self._failure = error
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._closing:
+            self._closed = True
+            _lock_descriptors.discard(self._own)
+            os.close(self._own)
+        _waits.remove(self)
+        self._done.release()
+
+    def until(self, deadline_s: float) -> bool:
+        """Tell whether the lock was had in time."""
+        done = False
+        try:
+            done = self._done.acquire(timeout=min(max(0, deadline_s - time.monotonic()), TIMEOUT_MAX))
+        finally:
+            if not done:
+                self._give_up()
+        if self._failure:
+            raise self._failure
+        return done and self._had
+
+    def _give_up(self) -> None:
+        """Let the kernel take back what it grants from now on: the thread may not run for long, or never again.
+
+        With our descriptor gone, the last one to hold the open file is the call that waits for the lock.
+        """
+        self.given_up = True
+        with self._closing, suppress(OSError):
+            if not self._closed:
+                nothing = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(nothing, self._own, inheritable=False)
+                os.close(nothing)
 
 
+#: waits of this process, and the descriptors with which it waits for locks or holds them
 _waits: list[_Wait] = []
+_lock_descriptors: set[int] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    """Close what a forked child has of our locks, or it would hold them as long as it lives."""
+    for descriptor in _lock_descriptors:
+        with suppress(OSError):
+            os.close(descriptor)
+    _lock_descriptors.clear()
+    _waits.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
-    """Do the same as :func:`_lock_in_time`, but in turn with the others who wait, and without polling.
+    """Do the same as :func:`_lock_in_time`, but let those who wait have it in turn, without polling.
 
     Among those who poll, whoever has just released the lock gets it again, and they cost more than the
-    work itself. The kernel keeps a queue, but knows no time limit. So a thread stands in the queue. It
-    outlives a wait that was given up, and then frees what it gets; until it has, further waits of this
-    process poll, lest one who tries again and again behind a stopped process collects threads.
+    work itself. The kernel keeps a queue, but knows no time limit, so a thread stands in it. It outlives
+    a wait that was given up. Until it is gone, further waits of this process poll, lest one who tries
+    again and again behind a stopped process collects threads.
     """
-    if _lock_in_time(descriptor, 0):
-        return True
-    if time.monotonic() >= deadline_s or any(wait.given_up for wait in [*_waits]):
-        return _lock_in_time(descriptor, deadline_s)
-    failures: list[OSError] = []
-    wait, done = _Wait(), allocate_lock()
-    done.acquire()
-    own = os.dup(descriptor)  # the same lock, under a number that nobody closes and reuses meanwhile
-
-    def stand_in_queue() -> None:
-        try:
-            fcntl.flock(own, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes, which would poll for it
-            if wait.given_up:
-                fcntl.flock(own, fcntl.LOCK_UN)
-        except OSError as error:
-            failures.append(error)
-        finally:
-            os.close(own)
-            _waits.remove(wait)
-            done.release()
-
-    _waits.append(wait)
+    while (now_s := time.monotonic()) >= deadline_s or any(wait.given_up for wait in [*_waits]):
+        if now_s >= deadline_s:
+            return False
+        if _lock_in_time(descriptor, min(deadline_s, now_s + LOCK_POLL_S)):
+            return True
     try:
-        start_new_thread(stand_in_queue, ())
-    except RuntimeError:  # a limit of the user, or the interpreter is shutting down
-        _waits.remove(wait)
-        os.close(own)
+        wait = _Wait(descriptor)
+    except (RuntimeError, OSError):  # no more threads or descriptors for us; the interpreter shuts down
         return _lock_in_time(descriptor, deadline_s)
-    had = False
-    try:
-        had = done.acquire(timeout=min(max(0, deadline_s - time.monotonic()), TIMEOUT_MAX))
-    finally:
-        wait.given_up = not had
-    if failures:
-        raise failures[0]
-    return had
+    return wait.until(deadline_s)
 
 
 def _unlock_and_close(descriptor: int) -> None:
-    # Unlocked by name, for a child forked meanwhile shares the lock through its copy of the descriptor.
-    # Should that fail, closing frees the lock in any other case.
+    # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
+    # copy of the descriptor. Should that fail, closing frees the lock in any other case.
     with suppress(OSError):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
+            _lock_descriptors.discard(descriptor)
             os.close(descriptor)
 
 
@@ -1435,26 +1477,42 @@ class JsonFileStore:
         """
         deadline_s = time.monotonic() + self.lock_timeout_s
         path, name = os.path.split(self._locate())
-        held = [_open_directory(path)]
+        held: list[int] = []
+
+        def hold(descriptor: int) -> int:
+            held.append(descriptor)
+            _lock_descriptors.add(descriptor)
+            return descriptor
+
         try:
-            had = _lock_in_turn(held[0], deadline_s)
-            if had:
-                held.append(self._open_lock_file(held[0]))
-                had = _lock_in_time(held[1], deadline_s)
-            if not had:
-                lock_file = os.path.join(path, self.lock_name)
-                raise LockTimeoutError(
-                    f"ロック取得タイムアウト\n  {lock_file} と {path} のロックを"
-                    f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
-                    "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
-                    " (ロックファイルの削除は不要です)",
-                    lock_file=lock_file,
-                    timeout_s=self.lock_timeout_s,
-                )
-            yield held[0], name
+            directory = hold(_open_directory(path))
+            if not _lock_in_time(directory, 0):
+                if not _lock_in_turn(directory, deadline_s):
+                    raise self._timed_out(path)
+                if not os.path.samestat(os.fstat(directory), os.stat(path)):  # moved away meanwhile
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+            if not _lock_in_time(hold(self._open_lock_file(directory)), deadline_s):
+                raise self._timed_out(path)
+            yield directory, name
+        except OSError as error:
+            if isinstance(error.filename, str):
+                error.filename = os.path.join(path, error.filename)
+            raise
         finally:
             for descriptor in reversed(held):
                 _unlock_and_close(descriptor)
+
+    def _timed_out(self, directory: str) -> LockTimeoutError:
+        directory = os.path.realpath(directory)
+        lock_file = os.path.join(directory, self.lock_name)
+        return LockTimeoutError(
+            f"ロック取得タイムアウト\n  {lock_file} と {directory} のロックを"
+            f" {self.lock_timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
+            "  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
+            " (ロックファイルの削除は不要です)",
+            lock_file=lock_file,
+            timeout_s=self.lock_timeout_s,
+        )
 
     def _open_lock_file(self, directory: int) -> int:
         """Open the lock file; called with the directory locked, so only one of us ever makes it."""
@@ -1510,7 +1568,8 @@ class JsonFileStore:
                 os.unlink(temporary, dir_fd=directory)
             raise
         if aside:
-            logger.warning("使えない状態ファイルを %s に保存し、作り直しました", aside)
+            kept = os.path.join(os.path.dirname(os.path.realpath(self.path)), aside)
+            logger.warning("使えない状態ファイルを %s に保存し、作り直しました", kept)
         try:
             os.fsync(directory)
         except OSError as error:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gpu_resource_manager_v01 import (
+    _MARK,
     DuplicateTaskError,
     InvalidRequestError,
     LockTimeoutError,
@@ -543,6 +544,21 @@ def test_line_is_that_of_a_server_only_if_it_holds_that_server_and_nothing_else(
     assert decode_with_lines(text.encode()) == (odd_pool(), ((), ()))
 
 
+@pytest.mark.parametrize("mark", [_MARK, f"{_MARK}.0", f"{float(_MARK)}"])
+def test_mark_in_the_document_itself_proves_nothing(mark: str) -> None:
+    text = encode_state(new_state(3)).decode()
+    text = text.replace(', "running_tasks"', ', "note": [1,\n    2], "running_tasks"', 1)
+    text = text.replace('},\n    {"server_id": 2', f'}},{mark},{{"server_id": 2')
+    with pytest.raises(ValueError, match=re.escape("servers[2]")):
+        decode_state(text.encode())
+
+
+def test_servers_as_read_are_not_those_of_a_list_that_a_change_may_alter() -> None:
+    state, lines = decode_with_lines(encode_state(new_state(2)))
+    state["servers"][0] = place(state["servers"][0], "new", 2, 1, WHEN)
+    assert decode_state(encode_state(state, lines)) == state
+
+
 def test_line_of_a_server_that_was_not_replaced_is_written_as_it_was_read() -> None:
     state: Any = new_state(3)
     state["servers"][2]["x"] = [1.5, "é"]
@@ -555,8 +571,12 @@ def test_line_of_a_server_that_was_not_replaced_is_written_as_it_was_read() -> N
     ]
 
 
+#: two servers with marks around them, as they are decoded
+MARKED = f"[{_MARK}, {_MARK}, {{}}, {_MARK}, {{}}, {_MARK}, {_MARK}]"
+
+
 @pytest.mark.parametrize("key", ['"servers"', '"\\u0073ervers"'])
-@pytest.mark.parametrize("value", ["5", "[]", "{}", "null", "[-7, -7, {}, -7, -7]", "[\n    {},\n    {}\n  ]"])
+@pytest.mark.parametrize("value", ["5", "[]", "{}", "null", MARKED, "[\n    {},\n    {}\n  ]"])
 def test_second_key_for_the_servers_counts_as_it_does_in_json(key: str, value: str) -> None:
     text = encode_state(new_state(2)).decode().replace('"version"', f'{key}: {value},\n  "version"')
     with pytest.raises(ValueError, match=r"servers"):

@@ -98,6 +98,17 @@ def test_request_that_fits_is_placed_at_once_though_a_bigger_one_waits() -> None
     assert state["waiting"][0]["passed_over"] == 1
 
 
+def test_keys_of_a_task_in_a_request_edited_by_hand_do_not_end_up_in_the_task() -> None:
+    state = one_server()
+    arrive(state, request("all", 8))
+    edited: Any = {**request("edited", 4), "start_time": 5, "allocated_gpus": [9], "allocated_cpus": -1, "note": "kept"}
+    arrive(state, edited)
+    release(state, "all")
+    [task] = state["servers"][0]["running_tasks"]
+    assert (task["start_time"], task["allocated_gpus"], task["allocated_cpus"]) == (NOW, [0, 1, 2, 3], 1)
+    assert {**task}["note"] == "kept"
+
+
 def test_those_who_wait_are_placed_in_order_of_arrival() -> None:
     state = one_server()
     arrive(state, request("all", 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -496,6 +497,84 @@ def test_lock_had_after_a_wait_was_given_up_is_free_again_even_with_a_forked_chi
         os.close(writing)
         os.close(reading)
     assert children.wait(child) == 0
+
+
+def test_wait_given_up_holds_nobody_up_even_if_its_process_never_runs_again(pool: Path, children: Children) -> None:
+    """The lock is granted to a thread of a process that hangs with the interpreter locked, as one may at its exit."""
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0.05)
+    reading, writing = os.pipe()
+
+    def give_up_and_hang() -> None:
+        with pytest.raises(LockTimeoutError):
+            manager.release_resources("task")
+        os.write(writing, b"x")
+        ctypes.PyDLL(None).pause()
+
+    with directory_locked(pool):
+        children.start(give_up_and_hang)
+        assert os.read(reading, 1) == b"x"
+    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("task", 2, 1)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_child_forked_in_the_middle_of_a_change_holds_no_lock_when_the_parent_is_killed(
+    pool: Path, children: Children
+) -> None:
+    manager = GPUResourceManagerV01(pool)
+    reading, writing = os.pipe()
+
+    def die_and_leave_a_child() -> None:
+        def before_call(name: str, args: tuple[Any, ...]) -> None:
+            if name == "fsync" and os.fork() == 0:
+                os.close(writing)
+                os.read(reading, 1)  # until the test is over
+                os._exit(0)
+            if name == "fsync":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with intercepted(before_call):
+            manager.allocate_resources("task", 2, 1)
+
+    assert children.run(die_and_leave_a_child) == -signal.SIGKILL
+    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("next", 2, 1)
+    os.close(writing)
+    os.close(reading)
+
+
+def test_directory_moved_away_while_the_lock_is_waited_for_is_not_written_to(tmp_path: Path) -> None:
+    pool = tmp_path / "pool" / "resource_status.json"
+    pool.parent.mkdir()
+    manager = GPUResourceManagerV01(pool)
+    before = held_by_us()
+    failed: list[BaseException] = []
+
+    def allocate() -> None:
+        try:
+            manager.allocate_resources("task", 2, 1)
+        except StateFileError as error:
+            failed.append(error)
+
+    waiting = threading.Thread(target=allocate)
+    with directory_locked(pool):
+        waiting.start()
+        wait_until(lambda: held_by_us()[0] >= before[0] + 2)
+        pool.parent.rename(tmp_path / "old")
+        pool.parent.mkdir()
+        GPUResourceManagerV01(pool)
+    waiting.join()
+    assert [str(pool.parent) in str(error) for error in failed] == [True]
+    assert running(pool) == running(tmp_path / "old" / pool.name) == []
+
+
+def test_failure_behind_a_link_names_the_place_where_it_happened(pool: Path, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    GPUResourceManagerV01(real / "pool.json")
+    pool.symlink_to(real / "pool.json")
+    (real / ".pool.json.tmp").mkdir()
+    with pytest.raises(StateFileError, match=str(real / ".pool.json.tmp")):
+        GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)
 
 
 def test_interrupted_wait_leaves_no_lock(pool: Path) -> None:
