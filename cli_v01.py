@@ -555,7 +555,7 @@ def show_error(text: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Drop what a broken stream still holds, or the interpreter would try, and complain, once more at exit."""
+    """Drop what a broken stream still holds, or the next to write, be it an exit, would try it once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

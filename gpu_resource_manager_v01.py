@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import logging
 import math
@@ -341,7 +342,7 @@ def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
     servers: Iterable[str] = map(_encode, state["servers"])
     if len(before[0]) == len(state["servers"]):
         old = zip(state["servers"], *before, strict=True)
-        servers = (line if server is known else _encode(server) for server, known, line in old)
+        servers = [line if server is known else _encode(server) for server, known, line in old]
     # Joined once, for of a large document every copy counts.
     parts = ["{\n  "]
     for key, value in state.items():
@@ -1958,7 +1959,15 @@ class GPUResourceManagerV01:
                 admit(state, timestamp())
             return changed or served, result
 
-        return self._store.update(serve_and_change, instead_of_unusable)
+        # A document has no cycles, and to look for some several times while it is built is a tenth of a
+        # change of a large one.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._store.update(serve_and_change, instead_of_unusable)
+        finally:
+            if collecting:
+                gc.enable()
 
     def _serve(self, state: State) -> bool:
         ended = reclaim(state, self._leases.is_ended)
