@@ -300,14 +300,15 @@ _MARK = str(1 - 2**61)  # no server, and no ``float`` is equal to it
 
 def _scan(text: str) -> tuple[Any, ServerLines] | None:
     """Decode a text that is laid out as we do it; ``None`` if it is another one, or no JSON at all."""
-    closing = text.rfind(_CLOSING)
-    if not text.startswith(_OPENING) or closing < 0 or _MARK in text:
+    lines = text.split(_BETWEEN_SERVERS)
+    lines[-1], closing, rest = lines[-1].rpartition(_CLOSING)
+    if not text.startswith(_OPENING) or not closing or _MARK in text:
         return None
-    lines = text[len(_OPENING) : closing].split(_BETWEEN_SERVERS)
+    lines[0] = lines[0].removeprefix(_OPENING)
     # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
     # around every server, then each line is one server, whatever is in it.
     try:
-        document = _DECODER.decode(f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + text[closing:]]))
+        document = _DECODER.decode(f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + closing + rest]))
     except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
         return None
     marked = document["servers"]
@@ -411,33 +412,27 @@ def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
 def _is_plainly_sound(server: Any) -> bool:
     """Tell whether :func:`_check_server` would find nothing, at a third of the cost; may miss it, never errs."""
     try:
-        gpus, cpus, text, tasks = (
-            server["available_gpus"],
-            server["available_cpus"],
-            server["server_name"],
-            server["running_tasks"],
-        )
         server_id, total_gpus, total_cpus = server["server_id"], server["total_gpus"], server["total_cpus"]
-        if not (type(server_id) is type(total_gpus) is type(total_cpus) is type(cpus) is int and type(text) is str):
+        gpus, cpus, tasks = server["available_gpus"], server["available_cpus"], server["running_tasks"]
+        if not (type(server_id) is type(total_gpus) is type(total_cpus) is type(cpus) is int and type(tasks) is list):
             return False
-        if not (type(gpus) is type(tasks) is list) or server_id < 0 or cpus < 0 or gpus != sorted(gpus):
+        # What ``sorted`` returns is a list, and what has ``isprintable`` is a text.
+        if server_id < 0 or cpus < 0 or gpus != sorted(gpus) or not server["server_name"].isprintable():
             return False
         for task in tasks:
-            task_id, start_time = task["task_id"], task["start_time"]
-            task_gpus, task_cpus = task["allocated_gpus"], task["allocated_cpus"]
-            if not (type(task_id) is type(start_time) is str and type(task_gpus) is list and type(task_cpus) is int):
+            task_id, task_gpus, task_cpus = task["task_id"], task["allocated_gpus"], task["allocated_cpus"]
+            if not (task_id.isprintable() and task["start_time"].isprintable()) or task_gpus != sorted(task_gpus):
                 return False
-            if task_cpus < 0 or task_id[:1] in "- " or len(task_id) > MAX_TASK_ID_LENGTH:  # "" is in every text
+            if type(task_cpus) is not int or task_cpus < 0 or len(task_id) > MAX_TASK_ID_LENGTH:
                 return False
-            if task_gpus != sorted(task_gpus):
+            if task_id[:1] in "- ":  # or empty, for "" is in every text
                 return False
             gpus = gpus + task_gpus
             cpus += task_cpus
-            text += task_id + start_time
         # The length ahead of the range: a hand-written total of 10**12 must not make us build such a list.
         whole = len(gpus) == total_gpus and sorted(gpus) == list(range(total_gpus)) and {*map(type, gpus)} <= _INT
-        return whole and cpus == total_cpus and text.isprintable()
-    except (KeyError, TypeError):  # a key is missing, or what is to be sorted cannot be
+        return whole and cpus == total_cpus
+    except (AttributeError, KeyError, TypeError):  # a key is missing, or something is of another type
         return False
 
 
