@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ import re
 import stat
 import sys
 import time
-from _thread import TIMEOUT_MAX, allocate_lock, start_new_thread
+from _thread import TIMEOUT_MAX, RLock, allocate_lock, start_new_thread
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -1189,68 +1188,10 @@ def _lock_in_time(descriptor: int, deadline_s: float) -> bool:
     return True
 
 
-class _Wait:
-    """A wait for a lock in the kernel's own queue, in which a thread stands."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.given_up = self._had = self._closed = False
-        self._failure: BaseException | None = None
-        self._done, self._closing = allocate_lock(), allocate_lock()
-        self._done.acquire()
-        self._own = os.dup(descriptor)  # the same lock, under a number that nobody else closes and reuses
-        _lock_descriptors.add(self._own)
-        _waits.append(self)
-        try:
-            start_new_thread(self._stand_in_queue, ())
-        except BaseException:
-            self._end()
-            raise
-
-    def _stand_in_queue(self) -> None:
-        try:
-            fcntl.flock(self._own, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes, which would poll for it
-            self._had = True
-        except BaseException as error:  # it is raised again where the lock is waited for
-            self._failure = error
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        with self._closing:
-            self._closed = True
-            _lock_descriptors.discard(self._own)
-            os.close(self._own)
-        _waits.remove(self)
-        self._done.release()
-
-    def until(self, deadline_s: float) -> bool:
-        """Tell whether the lock was had in time."""
-        done = False
-        try:
-            done = self._done.acquire(timeout=min(max(0, deadline_s - time.monotonic()), TIMEOUT_MAX))
-        finally:
-            if not done:
-                self._give_up()
-        if self._failure:
-            raise self._failure
-        return done and self._had
-
-    def _give_up(self) -> None:
-        """Let the kernel take back what it grants from now on: the thread may not run for long, or never again.
-
-        With our descriptor gone, the last one to hold the open file is the call that waits for the lock.
-        """
-        self.given_up = True
-        with self._closing, suppress(OSError):
-            if not self._closed:
-                nothing = os.open(os.devnull, os.O_RDONLY)
-                os.dup2(nothing, self._own, inheritable=False)
-                os.close(nothing)
-
-
-#: waits of this process, and the descriptors with which it waits for locks or holds them
-_waits: list[_Wait] = []
+#: descriptors with which this process waits for locks or holds them
 _lock_descriptors: set[int] = set()
+#: held while one is opened or closed, and at a fork
+_descriptors_change = RLock()
 
 
 def _leave_locks_to_parent() -> None:
@@ -1260,9 +1201,80 @@ def _leave_locks_to_parent() -> None:
             os.close(descriptor)
     _lock_descriptors.clear()
     _waits.clear()
+    _descriptors_change.release()
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_parent)
+os.register_at_fork(
+    before=_descriptors_change.acquire,
+    after_in_parent=_descriptors_change.release,
+    after_in_child=_leave_locks_to_parent,
+)
+
+
+def _opened(open_descriptor: Callable[[], int]) -> int:
+    with _descriptors_change:
+        descriptor = open_descriptor()
+        _lock_descriptors.add(descriptor)
+    return descriptor
+
+
+def _unlock_and_close(descriptor: int) -> None:
+    # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
+    # copy of the descriptor. Should that fail, closing frees the lock in any other case.
+    with suppress(OSError), _descriptors_change:
+        if descriptor in _lock_descriptors:  # else a fork within the change has made us the child
+            _lock_descriptors.discard(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            finally:
+                os.close(descriptor)
+
+
+class _Wait:
+    """A wait for a lock in the kernel's own queue, in which a thread stands."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.had = self.given_up = False
+        self.failure: BaseException | None = None
+        self.done = allocate_lock()
+        self.done.acquire()
+        # The same lock, under a number that nobody else closes and reuses.
+        self._own = _opened(lambda: os.dup(descriptor))
+        _waits.append(self)
+
+    def stand_in_queue(self) -> None:
+        try:
+            fcntl.flock(self._own, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes, which would poll for it
+            self.had = True
+        except BaseException as error:  # it is raised again where the lock is waited for
+            self.failure = error
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        with suppress(OSError), _descriptors_change:
+            own, self._own = self._own, -1
+            if own in _lock_descriptors:
+                _lock_descriptors.discard(own)
+                os.close(own)
+        if self in _waits:
+            _waits.remove(self)
+            self.done.release()
+
+    def give_up(self) -> None:
+        """Let the kernel take back what it grants from now on: the thread may not run for long, or never again.
+
+        With our descriptor gone, the last one to hold the open file is the call that waits for the lock.
+        """
+        self.given_up = True
+        with suppress(OSError), _descriptors_change:
+            if self._own in _lock_descriptors:
+                nothing = os.open(os.devnull, os.O_RDONLY)
+                os.dup2(nothing, self._own, inheritable=False)
+                os.close(nothing)
+
+
+_waits: list[_Wait] = []
 
 
 def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
@@ -1278,22 +1290,20 @@ def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
             return False
         if _lock_in_time(descriptor, min(deadline_s, now_s + LOCK_POLL_S)):
             return True
+    wait, done = _Wait(descriptor), False
     try:
-        wait = _Wait(descriptor)
-    except (RuntimeError, OSError):  # no more threads or descriptors for us; the interpreter shuts down
-        return _lock_in_time(descriptor, deadline_s)
-    return wait.until(deadline_s)
-
-
-def _unlock_and_close(descriptor: int) -> None:
-    # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
-    # copy of the descriptor. Should that fail, closing frees the lock in any other case.
-    with suppress(OSError):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        finally:
-            _lock_descriptors.discard(descriptor)
-            os.close(descriptor)
+            start_new_thread(wait.stand_in_queue, ())
+        except RuntimeError:  # no more threads for us, or the interpreter shuts down
+            wait.end()
+            return _lock_in_time(descriptor, deadline_s)
+        done = wait.done.acquire(timeout=min(max(0, deadline_s - time.monotonic()), TIMEOUT_MAX))
+    finally:
+        if not done:
+            wait.give_up()
+    if wait.failure:
+        raise wait.failure
+    return done and wait.had
 
 
 def host_name() -> str:
@@ -1472,31 +1482,32 @@ class JsonFileStore:
         like strangers.
         """
         deadline_s = time.monotonic() + self.lock_timeout_s
-        path, name = os.path.split(self._locate())
-        held: list[int] = []
-
-        def hold(descriptor: int) -> int:
-            held.append(descriptor)
-            _lock_descriptors.add(descriptor)
-            return descriptor
-
+        located = self._locate()
+        path, name = os.path.split(located)
         try:
-            directory = hold(_open_directory(path))
-            if not _lock_in_time(directory, 0):
-                if not _lock_in_turn(directory, deadline_s):
+            directory = _opened(lambda: _open_directory(path))
+            try:
+                at_once = _lock_in_time(directory, 0)
+                if not at_once and not _lock_in_turn(directory, deadline_s):
                     raise self._timed_out(path)
-                if not os.path.samestat(os.fstat(directory), os.stat(path)):  # moved away meanwhile
-                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-            if not _lock_in_time(hold(self._open_lock_file(directory)), deadline_s):
-                raise self._timed_out(path)
-            yield directory, name
+                lock_file = _opened(lambda: self._open_lock_file(directory))
+                try:
+                    at_once = _lock_in_time(lock_file, 0) and at_once
+                    if not at_once and not _lock_in_time(lock_file, deadline_s):
+                        raise self._timed_out(path)
+                    if not at_once and (
+                        self._locate() != located or not os.path.samestat(os.fstat(directory), os.stat(path))
+                    ):
+                        raise OSError(errno.ESTALE, "待っている間に移動されました", located)
+                    yield directory, name
+                finally:
+                    _unlock_and_close(lock_file)
+            finally:
+                _unlock_and_close(directory)
         except OSError as error:
             if isinstance(error.filename, str):
                 error.filename = os.path.join(path, error.filename)
             raise
-        finally:
-            for descriptor in reversed(held):
-                _unlock_and_close(descriptor)
 
     def _timed_out(self, directory: str) -> LockTimeoutError:
         directory = os.path.realpath(directory)
@@ -1954,15 +1965,7 @@ class GPUResourceManagerV01:
                 admit(state, timestamp())
             return changed or served, result
 
-        # A document has no cycles, and to look for some several times while it is built is a tenth of a
-        # change of a large one.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            return self._store.update(serve_and_change, instead_of_unusable)
-        finally:
-            if collecting:
-                gc.enable()
+        return self._store.update(serve_and_change, instead_of_unusable)
 
     def _serve(self, state: State) -> bool:
         ended = reclaim(state, self._leases.is_ended)

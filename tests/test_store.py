@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import gc
 import json
 import os
 import random
@@ -412,20 +411,6 @@ def test_full_disk_leaves_the_old_document(tmp_path: Path) -> None:
         assert names(pool) == BOTH_FILES
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.parametrize("collecting", [True, False])
-def test_change_leaves_the_garbage_collector_as_it_was(pool: Path, collecting: bool) -> None:
-    manager = GPUResourceManagerV01(pool)
-    try:
-        (gc.enable if collecting else gc.disable)()
-        assert manager.allocate_resources("task", 2, 1)
-        assert gc.isenabled() is collecting
-        with pytest.raises(InvalidRequestError):
-            manager.allocate_resources("task", 2, 1)
-        assert gc.isenabled() is collecting
-    finally:
-        gc.enable()
 
 
 # --- Waiting for the lock -------------------------------------------------------------------------
