@@ -393,7 +393,7 @@ def replays(trace: Path, rounds: int) -> Iterator[Row]:
 
 
 def show(row: Row) -> None:
-    name = f"{row.section:<11}{row.what:<49}{row.floor:<31}"
+    name = f"{row.section:<11}{row.what:<53}{row.floor:<31}"
     spread_of = f"{row.median:>12.2f} {row.unit:<3}{row.low:>10.2f}{row.high:>10.2f}"
     print(f"{name}{row.ratio:>7.2f}{spread_of}{row.floor_median:>12.2f}")
 
@@ -407,7 +407,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON too")
     args = parser.parse_args()
     rows: list[Row] = []
-    print(f"{'':<11}{'ours':<49}{'floor':<31}{'ratio':>7}{'median':>12}    {'10 %':>10}{'90 %':>10}{'floor':>12}")
+    print(f"{'':<11}{'ours':<53}{'floor':<31}{'ratio':>7}{'median':>12}    {'10 %':>10}{'90 %':>10}{'floor':>12}")
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
         for section in (

@@ -507,13 +507,15 @@ def test_wait_given_up_holds_nobody_up_even_if_its_process_never_runs_again(pool
     def give_up_and_hang() -> None:
         with pytest.raises(LockTimeoutError):
             manager.release_resources("task")
-        os.write(writing, b"x")
-        ctypes.PyDLL(None).pause()
+        library = ctypes.PyDLL(None)  # its calls keep the interpreter locked, and none between them unlocks it
+        sys.setswitchinterval(1000)
+        library.write(writing, b"x", 1)
+        library.pause()
 
     with directory_locked(pool):
         children.start(give_up_and_hang)
         assert os.read(reading, 1) == b"x"
-    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S).allocate_resources("task", 2, 1)
+    assert GPUResourceManagerV01(pool, lock_timeout_s=GUARD_S / 4).allocate_resources("task", 2, 1)
     os.close(reading)
     os.close(writing)
 
