@@ -211,16 +211,18 @@ def changes(directory: Path, rounds: int) -> Iterator[Row]:
         def note(name: str, work: Callable[[], object], costs: dict[str, list[float]] = costs) -> None:
             costs.setdefault(name, []).append(timed(work))
 
-        for number in range(rounds + 2):  # the first two warm up
-            data = path.read_bytes()
-            if number == 2:
+        for number in range(rounds + 1):  # the first warms up
+            if number == 1:
                 costs.clear()
-            note("write+fsync+rename+fsync", partial(write_durably, str(place_of), data))
-            note("allocate", partial(manager.allocate_resources, "bench", 2, 1))
-            note("release", partial(manager.release_resources, "bench"))
+            # In turns of a few changes each, so that not every one finds the processor's caches full of another.
+            for _ in range(5):
+                note("write+fsync+rename+fsync", partial(write_durably, str(place_of), path.read_bytes()))
+                note("allocate", partial(manager.allocate_resources, "bench", 2, 1))
+                note("release", partial(manager.release_resources, "bench"))
             for name, other in (("SQLite rollback, EXTRA", rollback), ("SQLite WAL, FULL", log)):
-                note(f"allocate {name}", partial(other.allocate, "bench", 2, 1))
-                note(f"release {name}", partial(other.release, "bench"))
+                for _ in range(5):
+                    note(f"allocate {name}", partial(other.allocate, "bench", 2, 1))
+                    note(f"release {name}", partial(other.release, "bench"))
         for change in ("allocate", "release"):
             for name in ("write+fsync+rename+fsync", "SQLite rollback, EXTRA", "SQLite WAL, FULL"):
                 floor = statistics.median(costs.get(f"{change} {name}") or costs[name])
