@@ -1285,11 +1285,11 @@ def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
     a wait that was given up. Until it is gone, further waits of this process poll, lest one who tries
     again and again behind a stopped process collects threads.
     """
-    while (now_s := time.monotonic()) >= deadline_s or any(wait.given_up for wait in [*_waits]):
-        if now_s >= deadline_s:
-            return False
-        if _lock_in_time(descriptor, min(deadline_s, now_s + LOCK_POLL_S)):
+    while any(wait.given_up for wait in [*_waits]) and time.monotonic() < deadline_s:
+        if _lock_in_time(descriptor, min(deadline_s, time.monotonic() + LOCK_POLL_S)):
             return True
+    if time.monotonic() >= deadline_s:
+        return False
     wait, done = _Wait(descriptor), False
     try:
         try:
