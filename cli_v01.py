@@ -364,9 +364,9 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(EXIT_USAGE, "usage", f"引数が正しくありません: {message}\n  対処: {remedy}")
 
 
-def is_number(text: str, digits: int = 9) -> bool:
-    """Tell whether ``int`` takes it, and not because it takes "1_0", " 4" and digits of other scripts too."""
-    return text.isascii() and text.isdigit() and len(text) <= digits
+def is_number(text: str) -> bool:
+    """Tell whether it is a plain decimal number; ``int`` would take "1_0", " 4" and digits of other scripts."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
 
 
 def integer(text: str) -> int:

@@ -662,11 +662,9 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
     job of 8 GPUs does not starve under a stream of small ones. Known as backfilling with bounded
     bypass; a smaller bound comes closer to strict FIFO, where a big job leaves free GPUs idle.
     """
-    waiting = state.get("waiting", [])
-    if not waiting:
-        return False
     left: list[tuple[Request, set[int]]] = []
     closed: set[int] = set()
+    waiting = state.get("waiting", [])
     for request in waiting:
         eligible = eligible_server_ids(state, request)
         gpus, cpus = request["required_gpus"], request["required_cpus"]
@@ -723,18 +721,17 @@ def records(state: State) -> Iterator[Task | Request]:
 
 def check_request(state: State, request: Request) -> None:
     """:raises InvalidRequestError: this pool could not grant ``request`` even if it were idle."""
-    servers, prefer = state["servers"], request["prefer_server_id"]
-    if prefer is not None and all(server["server_id"] != prefer for server in servers):
-        remedy = f"{', '.join(str(server['server_id']) for server in servers)} のいずれかを指定してください"
-        raise _invalid("prefer_server_id", prefer, "のサーバーはありません", remedy)
-    if request["required_gpus"] >= least_gpus(state) and eligible_server_ids(state, request):
-        return
     least, most, most_cpus = limits(state)
     _check_int("required_gpus", request["required_gpus"], least, most)
     _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
-    amounts = (request["required_gpus"], request["required_cpus"])
-    remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
-    raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
+    server_ids = [server["server_id"] for server in state["servers"]]
+    if request["prefer_server_id"] not in (None, *server_ids):
+        remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
+        raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
+    if not eligible_server_ids(state, request):
+        amounts = (request["required_gpus"], request["required_cpus"])
+        remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
+        raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
 
 
 def check_one_machine(state: State, request: Request) -> None:
@@ -806,11 +803,7 @@ def limits(state: State) -> tuple[int, int, int]:
     """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
     servers = state["servers"]
     most_gpus, most_cpus = (max(map(itemgetter(key), servers)) for key in ("total_gpus", "total_cpus"))
-    return least_gpus(state), most_gpus, most_cpus
-
-
-def least_gpus(state: State) -> int:
-    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK)
+    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK), most_gpus, most_cpus
 
 
 def server_of_host(state: State, host: str, named: str | None) -> Server:

@@ -105,12 +105,9 @@ def starts(directory: Path, rounds: int) -> Iterator[Row]:
     run, plain = ("--run", "bench", "2", "1", "--", "true"), ("--help", "--unknown", "--version", "--init", "--detail")
     # In this order, every allocation is followed by its release.
     programs: dict[str, tuple[tuple[str, ...], Path]] = {
-        **{name: (("-c", script), small) for name, script in ((bare, bare), (locking, locking), (showing, showing))},
+        **{script: (("-c", script), small) for script in (bare, locking, showing)},
         "import json; json.loads(…)": (("-c", read), small),
-        **{
-            word: ((CLI, word), small)
-            for word in ("--help", "--unknown", "--version", "--init", "--detail", "--status")
-        },
+        **{word: ((CLI, word), small) for word in (*plain, "--status")},
         **{words[0]: ((CLI, *words), small) for words in (allocate, release)},
         **{f"{words[0]}, 1000 servers": ((CLI, *words), large) for words in (allocate, release)},
         "--run": ((CLI, *run), local),
