@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 if TYPE_CHECKING:
     from typing_extensions import ReadOnly
 
+A = TypeVar("A")
 T = TypeVar("T")
 #: position in line, from 1, and why there is no room yet
 OnWait = Callable[[int, str], None]
@@ -230,7 +231,7 @@ class State(_Optional):
     """The whole document of the state file."""
 
     servers: list[Server]
-    #: local time, ISO 8601 to the second; information only, no decision looks at it
+    #: time of the last change: local, ISO 8601 to the second; what a change places starts at its time
     last_updated: str
     version: str
 
@@ -307,8 +308,11 @@ def _scan(text: str) -> tuple[Any, ServerLines] | None:
     # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
     # around every server, then each line is one server, whatever is in it.
     try:
-        document = _DECODER.decode(f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + closing + rest]))
+        marked_text = f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + closing + rest])
+        document, end = _DECODER.raw_decode(marked_text)
     except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
+        return None
+    if marked_text[end:] != "\n":
         return None
     marked = document["servers"]
     if type(marked) is not list or len(marked) != 2 * len(lines) + 3:  # a second key "servers" may be anything
@@ -375,6 +379,8 @@ _REQUEST_KEYS: dict[str, Any] = {
     "passed_over": int,
     "lease": str,
 }
+#: what a placed task does not take over from its request
+_ASKED_KEYS = {*_REQUEST_KEYS, *_TASK_KEYS, "prefer_server_id", "only_server_name"} - {"lease"}
 
 
 def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
@@ -390,8 +396,9 @@ def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
     if type(document) is dict and document.get("version") != FORMAT_VERSION:
         raise ValueError(f"version {document.get('version')!r} には対応していません ({FORMAT_VERSION!r} のみ)")
     _check_record(document, _DOCUMENT_KEYS, "最上位")
-    for key in _OPTIONAL_KEYS.keys() & document.keys():
-        _check_record(document, {key: _OPTIONAL_KEYS[key]}, "最上位")
+    for key, kind in _OPTIONAL_KEYS.items():
+        if key in document:
+            _check_record(document, {key: kind}, "最上位")
     servers, waiting = document["servers"], document.get("waiting", [])
     if not servers:
         raise ValueError("servers が空です")
@@ -404,8 +411,7 @@ def check_state(document: Any, sound: Sequence[Server] = ()) -> None:
         for key, kind in (("prefer_server_id", int), ("only_server_name", str)):
             if type(request.get(key)) not in (kind, type(None)):
                 raise ValueError(f"waiting[{position}]: {key} の型が {kind.__name__} ではありません")
-    _check_distinct("server_id", map(itemgetter("server_id"), servers), document)
-    _check_distinct("task_id", map(itemgetter("task_id"), records(document)), document)
+    _check_distinct(document)
 
 
 def _is_plainly_sound(server: Any) -> bool:
@@ -424,18 +430,15 @@ def _is_plainly_sound(server: Any) -> bool:
                 return False
             if type(task_cpus) is not int or task_cpus < 0 or len(task_id) > MAX_TASK_ID_LENGTH:
                 return False
-            if task_id[:1] in "- ":  # or empty, for "" is in every text
+            if not task_id or task_id[0] in "- ":
                 return False
             gpus = gpus + task_gpus
             cpus += task_cpus
         # The length ahead of the range: a hand-written total of 10**12 must not make us build such a list.
-        whole = len(gpus) == total_gpus and sorted(gpus) == list(range(total_gpus)) and {*map(type, gpus)} <= _INT
-        return whole and cpus == total_cpus
+        whole = len(gpus) == total_gpus and sorted(gpus) == list(range(total_gpus))
+        return whole and [*map(type, gpus)].count(int) == total_gpus and cpus == total_cpus
     except (AttributeError, KeyError, TypeError):  # a key is missing, or something is of another type
         return False
-
-
-_INT = {int}
 
 
 def _check_server(server: Any, where: str) -> None:
@@ -475,20 +478,24 @@ def _is_ascending(indices: list[Any]) -> bool:
     return all(type(index) is int and index >= 0 for index in indices) and indices == sorted({*indices})
 
 
-def _check_distinct(key: str, found: Iterable[Any], document: State) -> None:
-    values = [*found]
-    if len({*values}) == len(values):
+def _check_distinct(document: State) -> None:
+    server_ids = [server["server_id"] for server in document["servers"]]
+    task_ids = [record["task_id"] for record in records(document)]
+    if len({*server_ids}) == len(server_ids) and len({*task_ids}) == len(task_ids):
         return
-    servers = [f"servers[{position}]" for position in range(len(document["servers"]))]
+    servers = [f"servers[{position}]" for position in range(len(server_ids))]
     tasks = [
         f"{where}.running_tasks[{position}]"
         for where, server in zip(servers, document["servers"], strict=True)
         for position in range(len(server["running_tasks"]))
     ]
     tasks += [f"waiting[{position}]" for position in range(len(document.get("waiting", [])))]
-    again = next(position for position, value in enumerate(values) if value in values[:position])
-    where = (servers if key == "server_id" else tasks)[again]
-    raise ValueError(f"{where}: {key} {values[again]!r} が重複しています")
+    for key, values, places in (("server_id", server_ids, servers), ("task_id", task_ids, tasks)):
+        found: set[object] = set()
+        for where, value in zip(places, values, strict=True):
+            if value in found:
+                raise ValueError(f"{where}: {key} {value!r} が重複しています")
+            found.add(value)
 
 
 def task_id_problem(task_id: str) -> str | None:
@@ -581,12 +588,17 @@ class Summary(_SummaryExtras):
 
 
 def first_fit(
-    state: State, gpus: int, cpus: int, prefer_server_id: int | None = None, allowed: Container[int] | None = None
+    state: State,
+    gpus: int,
+    cpus: int,
+    prefer_server_id: int | None = None,
+    only_server_name: str | None = None,
+    closed: Container[int] = (),
 ) -> Server | None:
     """Return the first server with room for the request, or ``None``.
 
-    A preferred server is tried first, then all servers in the order of the file; ``allowed`` limits
-    both to these ``server_id``s. O(N) in the number of servers.
+    A preferred server is tried first, then all servers in the order of the file, but only the one of a
+    given name, and none whose ``server_id`` is ``closed``. O(N) in the number of servers.
 
     >>> first_fit(new_state(), gpus=4, cpus=32)["server_name"]
     'gpu-server-0'
@@ -595,9 +607,9 @@ def first_fit(
     if prefer_server_id is not None:
         servers = [server for server in servers if server["server_id"] == prefer_server_id] + servers
     for server in servers:
-        if allowed is not None and server["server_id"] not in allowed:
+        if server["available_cpus"] < cpus or len(server["available_gpus"]) < gpus or server["server_id"] in closed:
             continue
-        if len(server["available_gpus"]) >= gpus and server["available_cpus"] >= cpus:
+        if only_server_name is None or server["server_name"] == only_server_name:
             return server
     return None
 
@@ -639,19 +651,15 @@ def allocation_of(server: Server, task: Task) -> Allocation:
     }
 
 
-def eligible_server_ids(state: State, request: Request) -> set[int]:
-    """Return the servers that could hold ``request`` if they were idle."""
+def eligible_servers(state: State, request: Request) -> Iterator[Server]:
+    """Yield the servers that could hold ``request`` if they were idle."""
     gpus, cpus, only = request["required_gpus"], request["required_cpus"], request.get("only_server_name")
-    return {
-        server["server_id"]
-        for server in state["servers"]
-        if server["total_gpus"] >= gpus
-        and server["total_cpus"] >= cpus
-        and (only is None or only == server["server_name"])
-    }
+    for server in state["servers"]:
+        if server["total_gpus"] >= gpus and server["total_cpus"] >= cpus and only in (None, server["server_name"]):
+            yield server
 
 
-def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER) -> bool:
+def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> bool:
     """Place every waiting request that may be placed; tell whether there was one.
 
     The rule: in order of arrival, each request is placed as soon as it fits, so a small job runs in
@@ -664,17 +672,19 @@ def admit(state: State, start_time: str, max_passed_over: int = MAX_PASSED_OVER)
     """
     left: list[tuple[Request, set[int]]] = []
     closed: set[int] = set()
-    waiting = state.get("waiting", [])
+    waiting = state.get("waiting")
+    if not waiting:
+        return False
     for request in waiting:
-        eligible = eligible_server_ids(state, request)
-        gpus, cpus = request["required_gpus"], request["required_cpus"]
-        server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), eligible - closed)
+        gpus, cpus, only = request["required_gpus"], request["required_cpus"], request.get("only_server_name")
+        server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), only, closed)
         if server is None:
+            eligible = {server["server_id"] for server in eligible_servers(state, request)}
             left.append((request, eligible))
             if request["passed_over"] >= max_passed_over:
                 closed |= eligible
             continue
-        put(state, place(server, request["task_id"], gpus, cpus, start_time, _requester_of(request)))
+        put(state, place(server, request["task_id"], gpus, cpus, state["last_updated"], _requester_of(request)))
         for earlier, passed in left:
             if server["server_id"] in passed:
                 earlier["passed_over"] += 1
@@ -694,8 +704,7 @@ def set_waiting(state: State, waiting: list[Request]) -> None:
 
 def _requester_of(request: Request) -> Requester:
     """Return all of the request but what is asked: who asked it, and keys that we do not know."""
-    asked = {*_REQUEST_KEYS, *_TASK_KEYS, "prefer_server_id", "only_server_name"} - {"lease"}
-    requester: Any = {key: value for key, value in request.items() if key not in asked}
+    requester: Any = {key: value for key, value in request.items() if key not in _ASKED_KEYS}
     found: Requester = requester
     return found
 
@@ -724,11 +733,12 @@ def check_request(state: State, request: Request) -> None:
     least, most, most_cpus = limits(state)
     _check_int("required_gpus", request["required_gpus"], least, most)
     _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
-    server_ids = [server["server_id"] for server in state["servers"]]
-    if request["prefer_server_id"] not in (None, *server_ids):
-        remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
-        raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
-    if not eligible_server_ids(state, request):
+    if request["prefer_server_id"] is not None:
+        server_ids = [server["server_id"] for server in state["servers"]]
+        if request["prefer_server_id"] not in server_ids:
+            remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
+            raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
+    if not any(eligible_servers(state, request)):
         amounts = (request["required_gpus"], request["required_cpus"])
         remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
         raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
@@ -753,9 +763,7 @@ def check_one_machine(state: State, request: Request) -> None:
             raise _invalid("server", request["only_server_name"], problem, remedy)
 
 
-def ask(
-    state: State, request: Request, start_time: str, stay: bool, keep_lease: bool
-) -> tuple[bool, Allocation | NoCapacityError]:
+def ask(state: State, request: Request, stay: bool, keep_lease: bool) -> tuple[bool, Allocation | NoCapacityError]:
     """Let ``request`` arrive at the end of the line, unless it stands there, and see whether it is placed.
 
     Returns whether ``state`` was changed, and what was granted or why nothing was. ``stay`` leaves the
@@ -771,7 +779,7 @@ def ask(
     check_one_machine(state, request)
     if arrived:
         set_waiting(state, [*state.get("waiting", []), request.copy()])
-        admit(state, start_time)
+        admit(state)
     elif lease is None or same[0].get("lease") != lease:
         raise DuplicateTaskError(
             f"タスクID {task_id!r} は既に実行中または待機中です\n  対処: 別のタスクIDを使うか、先に解放してください",
@@ -802,7 +810,8 @@ def descriptions(state: State) -> list[ServerDescription]:
 def limits(state: State) -> tuple[int, int, int]:
     """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
     servers = state["servers"]
-    most_gpus, most_cpus = (max(map(itemgetter(key), servers)) for key in ("total_gpus", "total_cpus"))
+    most_gpus = max(map(itemgetter("total_gpus"), servers))
+    most_cpus = max(map(itemgetter("total_cpus"), servers))
     return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK), most_gpus, most_cpus
 
 
@@ -842,7 +851,11 @@ def _same_host(name: str, host: str) -> bool:
 
 def find_task(state: State, task_id: str) -> tuple[Server, Task] | None:
     """Return the task with this identifier and its server, or ``None``."""
-    return next((found for found in placed_tasks(state) if found[1]["task_id"] == task_id), None)
+    for server in state["servers"]:
+        for task in server["running_tasks"]:
+            if task["task_id"] == task_id:
+                return server, task
+    return None
 
 
 def remove_task(server: Server, task: Task) -> Server:
@@ -879,7 +892,8 @@ def remove_all_tasks(state: State) -> None:
 def shortfall(state: State, request: Request) -> NoCapacityError:
     """Explain why ``request`` is not placed now: what is short, who holds it, and what would help."""
     gpus, cpus = request["required_gpus"], request["required_cpus"]
-    eligible = eligible_server_ids(state, request)
+    usable = [*eligible_servers(state, request)]
+    eligible = {server["server_id"] for server in usable}
     waiting = state.get("waiting", [])
     ahead = waiting.index(request) if request in waiting else len(waiting)
     lines = [f"GPU {gpus} 個と CPU {cpus} 個を同時に確保できるサーバーがありません"]
@@ -903,7 +917,6 @@ def shortfall(state: State, request: Request) -> NoCapacityError:
         releases = fewest_releases(server, short_gpus, short_cpus)
         if fewest is None or len(releases) < len(fewest):
             fewest = releases
-    usable = [server for server in state["servers"] if server["server_id"] in eligible]
     free_gpus = sum(len(server["available_gpus"]) for server in usable)
     free_cpus = sum(server["available_cpus"] for server in usable)
     if free_gpus >= gpus and free_cpus >= cpus and fewest:
@@ -1116,6 +1129,8 @@ class Leases:
 
     def sweep(self, named: Iterable[Requester]) -> None:
         """Delete free leases that none of these records names; called with the state file locked."""
+        if not os.access(self.directory, os.F_OK):  # as long as nobody has used a lease; quicker than an exception
+            return
         try:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
@@ -1171,9 +1186,9 @@ def _flock(descriptor: int, operation: int) -> bool:
 def _lock_in_time(descriptor: int, deadline_s: float) -> bool:
     """Lock an open file for us alone, trying until ``deadline_s``; tell whether it was had."""
     # Imported here since a command that only reads has no use for it, and it is half of a start.
-    from filelock import lock_descriptor
+    import filelock
 
-    while not lock_descriptor(descriptor, blocking=False):
+    while not filelock.lock_descriptor(descriptor, blocking=False):
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             return False
@@ -1204,9 +1219,9 @@ os.register_at_fork(
 )
 
 
-def _opened(open_descriptor: Callable[[], int]) -> int:
+def _opened(open_descriptor: Callable[[A], int], argument: A) -> int:
     with _descriptors_change:
-        descriptor = open_descriptor()
+        descriptor = open_descriptor(argument)
         _lock_descriptors.add(descriptor)
     return descriptor
 
@@ -1214,13 +1229,16 @@ def _opened(open_descriptor: Callable[[], int]) -> int:
 def _unlock_and_close(descriptor: int) -> None:
     # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
     # copy of the descriptor. Should that fail, closing frees the lock in any other case.
-    with suppress(OSError), _descriptors_change:
+    with _descriptors_change:
         if descriptor in _lock_descriptors:  # else a fork within the change has made us the child
             _lock_descriptors.discard(descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            finally:
-                os.close(descriptor)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                pass
 
 
 class _Wait:
@@ -1232,7 +1250,7 @@ class _Wait:
         self.done = allocate_lock()
         self.done.acquire()
         # The same lock, under a number that nobody else closes and reuses.
-        self._own = _opened(lambda: os.dup(descriptor))
+        self._own = _opened(os.dup, descriptor)
         _waits.append(self)
 
     def stand_in_queue(self) -> None:
@@ -1299,6 +1317,7 @@ def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
     return done and wait.had
 
 
+@cache
 def host_name() -> str:
     """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
@@ -1382,7 +1401,8 @@ class JsonFileStore:
         :raises StateFileError: reading or writing failed. Unless the text says otherwise, the old
             document stands.
         """
-        with self.failures_reported(), self._locked() as (directory, name):
+
+        def step(directory: int, name: str) -> T:
             aside = None
             try:
                 state, before = self._load(name, directory)
@@ -1390,28 +1410,34 @@ class JsonFileStore:
                 if instead_of_unusable is None:
                     raise
                 state, before, aside = instead_of_unusable, NO_LINES, _aside_name(directory, name)
+            state["last_updated"] = timestamp()
             changed, result = change(state)
             if changed or aside:
                 self._commit(directory, name, state, before, aside)
             return result
+
+        return self._locked(step)
 
     def create(self, state: State) -> None:
         """Write ``state`` unless something, even a dangling link, stands at the path already.
 
         :raises LockTimeoutError, StateFileError: as :meth:`update`.
         """
-        with self.failures_reported():
-            if os.path.lexists(self.path):
-                return
-            with self._locked() as (directory, name):
-                try:
-                    os.lstat(name, dir_fd=directory)
-                except FileNotFoundError:
-                    self._commit(directory, name, state)
+        if os.path.lexists(self.path):
+            return
+
+        def step(directory: int, name: str) -> None:
+            try:
+                os.lstat(name, dir_fd=directory)
+            except FileNotFoundError:
+                self._commit(directory, name, {**state, "last_updated": timestamp()})
+
+        self._locked(step)
 
     def make_directory(self, name: str) -> None:
         """Make a directory beside the document, for all who may write there, unless there is one."""
-        with self.failures_reported(), self._locked() as (parent, _):
+
+        def step(parent: int, _: str) -> None:
             with suppress(FileNotFoundError):
                 if stat.S_ISDIR(os.stat(name, dir_fd=parent).st_mode):
                     return
@@ -1427,17 +1453,18 @@ class JsonFileStore:
                 os.close(descriptor)
             os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
+        self._locked(step)
+
     def _locate(self) -> str:
         """Return where the document really lies, so that a link stays a link when it is replaced.
 
         Lock and temporary file lie there too: two links to one document must share one lock.
         """
         try:
-            os.readlink(self.path)
-        except OSError as error:  # one that fails must not make a link look like a plain file
-            if error.errno not in (errno.EINVAL, errno.ENOENT):
-                raise
-            return self.path  # no link, or no file yet
+            if not stat.S_ISLNK(os.lstat(self.path).st_mode):
+                return self.path
+        except FileNotFoundError:
+            return self.path
         try:
             return os.path.realpath(self.path, strict=True)
         except OSError as error:
@@ -1467,23 +1494,23 @@ class JsonFileStore:
         except ValueError as error:
             raise self._unusable(str(error)) from error
 
-    @contextmanager
-    def _locked(self) -> Iterator[tuple[int, str]]:
-        """Hold both locks; yield the descriptor of the document's directory, and its name in there.
+    def _locked(self, step: Callable[[int, str], T]) -> T:
+        """Hold both locks while ``step`` runs; it gets the document's directory, and its name in there.
 
         Every call opens descriptors of its own, so threads and forked children exclude each other
-        like strangers.
+        like strangers. An ``OSError`` of the work inside is reported with the whole path of its file.
         """
         deadline_s = time.monotonic() + self.lock_timeout_s
-        located = self._locate()
-        path, name = os.path.split(located)
+        path = ""
         try:
-            directory = _opened(lambda: _open_directory(path))
+            located = self._locate()
+            path, _, name = located.rpartition("/")
+            directory = _opened(_open_directory, path or "/")
             try:
                 at_once = _lock_in_time(directory, 0)
                 if not at_once and not _lock_in_turn(directory, deadline_s):
                     raise self._timed_out(path)
-                lock_file = _opened(lambda: self._open_lock_file(directory))
+                lock_file = _opened(self._open_lock_file, directory)
                 try:
                     at_once = _lock_in_time(lock_file, 0) and at_once
                     if not at_once and not _lock_in_time(lock_file, deadline_s):
@@ -1492,15 +1519,17 @@ class JsonFileStore:
                         self._locate() != located or not os.path.samestat(os.fstat(directory), os.stat(path))
                     ):
                         raise OSError(errno.ESTALE, "待っている間に移動されました", located)
-                    yield directory, name
+                    return step(directory, name)
                 finally:
                     _unlock_and_close(lock_file)
             finally:
                 _unlock_and_close(directory)
+        except ResourceManagerError:  # LockTimeoutError is an OSError too
+            raise
         except OSError as error:
             if isinstance(error.filename, str):
                 error.filename = os.path.join(path, error.filename)
-            raise
+            raise self._failure(error) from error
 
     def _timed_out(self, directory: str) -> LockTimeoutError:
         directory = os.path.realpath(directory)
@@ -1545,7 +1574,6 @@ class JsonFileStore:
         A failed ``fsync`` is final: the kernel may have dropped the very pages it could not write,
         and a second call would then succeed without them ("fsyncgate", PostgreSQL 2018).
         """
-        state["last_updated"] = timestamp()
         try:
             data = memoryview(encode_state(state, before))
         except ValueError as error:
@@ -1587,8 +1615,11 @@ class JsonFileStore:
         except ResourceManagerError:  # LockTimeoutError is an OSError too
             raise
         except OSError as error:
-            remedy = _REMEDIES.get(error.errno or 0, "ディスクとディレクトリの状態を確認してください")
-            raise self._error(StateFileError, _os_reason(error), remedy) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> StateFileError:
+        remedy = _REMEDIES.get(error.errno or 0, "ディスクとディレクトリの状態を確認してください")
+        return self._error(StateFileError, _os_reason(error), remedy)
 
     def _unusable(self, reason: str) -> StateFileError:
         remedy = "内容を直すか、python cli_v01.py --reset --yes で作り直してください (元のファイルは保存されます)"
@@ -1911,7 +1942,7 @@ class GPUResourceManagerV01:
         """
 
         def arrive(stay: bool) -> Allocation | NoCapacityError:
-            return self._change(lambda state: ask(state, request, timestamp(), stay, keep_lease))
+            return self._change(lambda state: ask(state, request, stay, keep_lease))
 
         deadline_s = time.monotonic() + wait_s
         answer = arrive(stay=wait_s > 0)
@@ -1936,7 +1967,7 @@ class GPUResourceManagerV01:
                 raise NoCapacityError(f"タスク {request['task_id']!r} の待機は取り消されました", **vars(answer))
             with self._store.failures_reported():
                 self._serve(state)
-            _, answer = ask(state, request, timestamp(), True, keep_lease)
+            _, answer = ask(state, request, True, keep_lease)
             if not isinstance(answer, NoCapacityError):
                 answer = arrive(stay=True)
         if isinstance(answer, NoCapacityError) and wait_s:
@@ -1955,7 +1986,7 @@ class GPUResourceManagerV01:
             served = self._serve(state)
             changed, result = change(state)
             if changed:
-                admit(state, timestamp())
+                admit(state)
             return changed or served, result
 
         return self._store.update(serve_and_change, instead_of_unusable)
@@ -1964,4 +1995,4 @@ class GPUResourceManagerV01:
         ended = reclaim(state, self._leases.is_ended)
         if ended:
             logger.info("終了したタスクを回収しました: %s", ended)
-        return admit(state, timestamp()) or bool(ended)
+        return admit(state) or bool(ended)

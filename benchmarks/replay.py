@@ -97,7 +97,7 @@ def replay(
         """Do what every change does, and note what it has placed."""
         for task_id in reclaim(state, is_ended):
             del held[task_id]
-        if not admit(state, "", max_passed_over):
+        if not admit(state, max_passed_over):
             return
         for server in state["servers"]:
             for task in server["running_tasks"]:

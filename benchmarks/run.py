@@ -24,10 +24,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,6 +46,7 @@ from gpu_resource_manager_v01 import (
     timestamp,
 )
 
+T = TypeVar("T")
 CLI = str(Path(__file__).resolve().parent.parent / "cli_v01.py")
 #: GPUs and CPUs of two tasks of each server; with one more GPU on every other one, 5.5 of 8 GPUs are held
 FILL = ((2, 8), (3, 8))
@@ -232,13 +232,12 @@ def changes(directory: Path, rounds: int) -> Iterator[Row]:
 class BareFlockStore(JsonFileStore):
     """The floor: the same change under one blocking ``flock``, without a time limit."""
 
-    @contextmanager
-    def _locked(self) -> Iterator[tuple[int, str]]:
+    def _locked(self, step: Callable[[int, str], T]) -> T:
         path, name = os.path.split(self._locate())
         descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield descriptor, name
+            return step(descriptor, name)
         finally:
             os.close(descriptor)
 
@@ -374,7 +373,7 @@ def scaling(directory: Path, rounds: int) -> Iterator[Row]:
 
         def decide(state: State = state) -> None:
             reclaim(state, never_free)
-            ask(state, request, "", False, False)
+            ask(state, request, False, False)
 
         costs.append(timed(decide))
     yield Row("scaling", "decisions, 1000 servers", "the whole change", "ms", *spread(costs), whole_change)

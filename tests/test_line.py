@@ -61,11 +61,11 @@ def request(task_id: str, gpus: int, cpus: int = 1, **more: Any) -> Request:
 
 
 def one_server(gpus: int = 8) -> State:
-    return new_state(servers=1, gpus=gpus)
+    return {**new_state(servers=1, gpus=gpus), "last_updated": NOW}
 
 
 def arrive(state: State, wanted: Request, stay: bool = True) -> Allocation | NoCapacityError:
-    _, answer = ask(state, wanted, NOW, stay, keep_lease=True)
+    _, answer = ask(state, wanted, stay, keep_lease=True)
     check_state(state)
     return answer
 
@@ -74,7 +74,7 @@ def release(state: State, task_id: str) -> None:
     found = find_task(state, task_id)
     assert found
     put(state, remove_task(*found))
-    admit(state, NOW)
+    admit(state)
     check_state(state)
 
 
@@ -197,9 +197,9 @@ def test_identifier_of_a_waiting_request_is_taken() -> None:
     arrive(state, request("all", 8))
     arrive(state, request("waits", 2))
     with pytest.raises(DuplicateTaskError):
-        ask(state, request("waits", 2, lease="0" * 32), NOW, True, True)
+        ask(state, request("waits", 2, lease="0" * 32), True, True)
     with pytest.raises(DuplicateTaskError):
-        ask(state, request("all", 2, lease="0" * 32), NOW, True, True)
+        ask(state, request("all", 2, lease="0" * 32), True, True)
 
 
 def test_asking_again_keeps_the_place_and_finds_the_grant() -> None:
@@ -208,17 +208,17 @@ def test_asking_again_keeps_the_place_and_finds_the_grant() -> None:
     mine = request("mine", 4)
     arrive(state, mine)
     arrive(state, request("other", 4))
-    changed, answer = ask(state, mine, NOW, True, True)
+    changed, answer = ask(state, mine, True, True)
     assert not changed
     assert isinstance(answer, NoCapacityError)
     assert answer.waiting == 0
     assert waiting(state) == ["mine", "other"]
     release(state, "all")
-    changed, answer = ask(state, mine, NOW, True, True)
+    changed, answer = ask(state, mine, True, True)
     assert not changed
     assert not isinstance(answer, NoCapacityError)
     assert answer["gpu_ids"] == [0, 1, 2, 3]
-    changed, answer = ask(state, mine, NOW, True, keep_lease=False)
+    changed, answer = ask(state, mine, True, keep_lease=False)
     assert changed
     assert "lease" not in find_task(state, "mine")[1]  # type: ignore[index]
 
@@ -231,7 +231,7 @@ def test_who_ended_is_struck_from_tasks_and_line() -> None:
     arrive(state, request("alive", 8))
     ended = {dead["lease"], state["waiting"][0]["lease"]}
     assert reclaim(state, lambda record: record.get("lease") in ended) == ["dead", "gone"]
-    admit(state, NOW)
+    admit(state)
     assert (running(state), waiting(state)) == (["alive"], [])
 
 
@@ -253,9 +253,9 @@ def test_no_request_waits_while_it_could_run_and_none_is_passed_over_too_often(d
             set_waiting(state, [*state.get("waiting", []), wanted])
         before = encode_state(state)
         servers = [(server, copy.deepcopy(server)) for server in state["servers"]]
-        admit(state, NOW, limit)
+        admit(state, limit)
         assert all(server == copied for server, copied in servers), "none was altered, only replaced"
-        assert not admit(state, NOW, limit), "all that may be placed was placed at once"
+        assert not admit(state, limit), "all that may be placed was placed at once"
         check_state(state)
         assert {record["task_id"] for record in records(state)} == {
             record["task_id"] for record in records(decode_state(before))
