@@ -359,8 +359,8 @@ def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-# The keys that every document has, with their exact types.
-_DOCUMENT_KEYS: dict[str, Any] = {"version": str, "last_updated": str, "servers": list}
+# The keys that every document has besides its version, with their exact types.
+_DOCUMENT_KEYS: dict[str, Any] = {"last_updated": str, "servers": list}
 _SERVER_KEYS: dict[str, Any] = {
     "server_id": int,
     "server_name": str,
@@ -1485,7 +1485,7 @@ class JsonFileStore:
             if not stat.S_ISREG(found.st_mode):
                 raise self._unusable("通常のファイルではありません")
             data = b""
-            while part := os.read(descriptor, found.st_size + 1):
+            while len(data) < found.st_size and (part := os.read(descriptor, found.st_size - len(data))):
                 data += part
         finally:
             os.close(descriptor)
