@@ -308,11 +308,8 @@ def _scan(text: str) -> tuple[Any, ServerLines] | None:
     # A hand may have put line breaks anywhere. But if marks put around every line turn out to stand
     # around every server, then each line is one server, whatever is in it.
     try:
-        marked_text = f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + closing + rest])
-        document, end = _DECODER.raw_decode(marked_text)
+        document = _DECODER.decode(f",{_MARK},".join([_OPENING + _MARK, *lines, _MARK + closing + rest]))
     except json.JSONDecodeError:  # the whole of it will tell where it is wrong, if it is
-        return None
-    if marked_text[end:] != "\n":
         return None
     marked = document["servers"]
     if type(marked) is not list or len(marked) != 2 * len(lines) + 3:  # a second key "servers" may be anything
@@ -670,11 +667,11 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> bool:
     job of 8 GPUs does not starve under a stream of small ones. Known as backfilling with bounded
     bypass; a smaller bound comes closer to strict FIFO, where a big job leaves free GPUs idle.
     """
-    left: list[tuple[Request, set[int]]] = []
-    closed: set[int] = set()
     waiting = state.get("waiting")
     if not waiting:
         return False
+    left: list[tuple[Request, set[int]]] = []
+    closed: set[int] = set()
     for request in waiting:
         gpus, cpus, only = request["required_gpus"], request["required_cpus"], request.get("only_server_name")
         server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), only, closed)
@@ -851,10 +848,9 @@ def _same_host(name: str, host: str) -> bool:
 
 def find_task(state: State, task_id: str) -> tuple[Server, Task] | None:
     """Return the task with this identifier and its server, or ``None``."""
-    for server in state["servers"]:
-        for task in server["running_tasks"]:
-            if task["task_id"] == task_id:
-                return server, task
+    for server, task in placed_tasks(state):
+        if task["task_id"] == task_id:
+            return server, task
     return None
 
 
@@ -1317,7 +1313,7 @@ def _lock_in_turn(descriptor: int, deadline_s: float) -> bool:
     return done and wait.had
 
 
-@cache
+@cache  # a process stays on its machine, and its records with the name that it began with
 def host_name() -> str:
     """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
@@ -1463,7 +1459,7 @@ class JsonFileStore:
         try:
             if not stat.S_ISLNK(os.lstat(self.path).st_mode):
                 return self.path
-        except FileNotFoundError:
+        except FileNotFoundError:  # not made yet; what else fails must not make a link look like a plain file
             return self.path
         try:
             return os.path.realpath(self.path, strict=True)
@@ -1504,8 +1500,8 @@ class JsonFileStore:
         path = ""
         try:
             located = self._locate()
-            path, _, name = located.rpartition("/")
-            directory = _opened(_open_directory, path or "/")
+            path, name = os.path.split(located)
+            directory = _opened(_open_directory, path)
             try:
                 at_once = _lock_in_time(directory, 0)
                 if not at_once and not _lock_in_turn(directory, deadline_s):

@@ -464,6 +464,23 @@ def test_timeout_of_no_time_at_all_starts_no_thread(pool: Path) -> None:
     assert caught.value.lock_file == str(pool.parent / ".resource.lock")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory the root of all")
+def test_pool_in_the_root_directory_waits_for_its_lock_like_any_other(pool: Path, children: Children) -> None:
+    GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)  # imports what a lock needs
+
+    def release_in_root() -> None:
+        os.chroot(pool.parent)
+        with pytest.raises(LockTimeoutError) as caught:
+            GPUResourceManagerV01("/resource_status.json", lock_timeout_s=0).release_resources("task")
+        assert caught.value.lock_file == "/.resource.lock"
+        assert GPUResourceManagerV01("/resource_status.json", lock_timeout_s=GUARD_S).release_resources("task")
+
+    with directory_locked(pool):
+        child = children.start(release_in_root)
+        wait_until(lambda: len(os.listdir(f"/proc/{child}/task")) == 2)  # it, and the one that stands in the queue
+    assert children.wait(child) == 0
+
+
 def test_lock_had_after_a_wait_was_given_up_is_free_again_even_with_a_forked_child(
     pool: Path, children: Children
 ) -> None:
