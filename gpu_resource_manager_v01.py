@@ -345,11 +345,11 @@ def encode_state(state: State, before: ServerLines = NO_LINES) -> bytes:
         old = zip(state["servers"], *before, strict=True)
         servers = [line if server is known else _encode(server) for server, known, line in old]
     # Joined once, for of a large document every copy counts.
-    parts = ["{\n  "]
+    parts: list[str] = []
     for key, value in state.items():
-        parts += [",\n  "] if len(parts) > 1 else []
-        parts += [_encode(key), ": "]
+        parts += [",\n  ", _encode(key), ": "]
         parts += ["[\n    ", _BETWEEN_SERVERS.join(servers), "\n  ]"] if key == "servers" else [_encode(value)]
+    parts[0] = "{\n  "
     text = "".join([*parts, "\n}\n"])
     # A lone surrogate in an unknown key can only stand inside a JSON string, where the escape that
     # ``backslashreplace`` makes of it is the JSON escape it was read from.
@@ -476,8 +476,8 @@ def _is_ascending(indices: list[Any]) -> bool:
 
 
 def _check_distinct(document: State) -> None:
-    server_ids = [server["server_id"] for server in document["servers"]]
-    task_ids = [record["task_id"] for record in records(document)]
+    server_ids = [*map(itemgetter("server_id"), document["servers"])]
+    task_ids = [*map(itemgetter("task_id"), records(document))]
     if len({*server_ids}) == len(server_ids) and len({*task_ids}) == len(task_ids):
         return
     servers = [f"servers[{position}]" for position in range(len(server_ids))]
@@ -727,18 +727,20 @@ def records(state: State) -> Iterator[Task | Request]:
 
 def check_request(state: State, request: Request) -> None:
     """:raises InvalidRequestError: this pool could not grant ``request`` even if it were idle."""
-    least, most, most_cpus = limits(state)
-    _check_int("required_gpus", request["required_gpus"], least, most)
-    _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
     if request["prefer_server_id"] is not None:
         server_ids = [server["server_id"] for server in state["servers"]]
         if request["prefer_server_id"] not in server_ids:
             remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
             raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
-    if not any(eligible_servers(state, request)):
-        amounts = (request["required_gpus"], request["required_cpus"])
-        remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
-        raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
+    enough = request["required_gpus"] >= state.get("min_gpus_per_task", MIN_GPUS_PER_TASK)
+    if enough and any(eligible_servers(state, request)):
+        return
+    least, most, most_cpus = limits(state)
+    _check_int("required_gpus", request["required_gpus"], least, most)
+    _check_int("required_cpus", request["required_cpus"], 1, most_cpus)
+    amounts = (request["required_gpus"], request["required_cpus"])
+    remedy = "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください"
+    raise _invalid("(required_gpus, required_cpus)", amounts, "の両方を備えたサーバーがありません", remedy)
 
 
 def check_one_machine(state: State, request: Request) -> None:
@@ -1123,14 +1125,17 @@ class Leases:
         with self._locked(name, fcntl.LOCK_SH) as locked:
             return locked
 
-    def sweep(self, named: Iterable[Requester]) -> None:
-        """Delete free leases that none of these records names; called with the state file locked."""
+    def sweep(self, named: Iterable[Requester]) -> bool:
+        """Delete free leases that none of these records names; called with the state file locked.
+
+        Tells whether there can be leases here at all: without their directory, none is free.
+        """
         if not os.access(self.directory, os.F_OK):  # as long as nobody has used a lease; quicker than an exception
-            return
+            return False
         try:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return False
         in_use = {str(record["lease"]) for record in named if "lease" in record} if names else ()
         for name in names:
             if name not in in_use and self._is_name(name):
@@ -1138,6 +1143,7 @@ class Leases:
                 with self._locked(name, fcntl.LOCK_EX) as locked:
                     if locked:
                         self.delete(name)
+        return True
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -1360,13 +1366,14 @@ class JsonFileStore:
         self.path = path
         with self.failures_reported():
             self.path = os.path.abspath(path)  # fails where the current directory has been removed
+        self._split_path = os.path.split(self.path)
         self.lock_name = lock_name
         self.lock_timeout_s = lock_timeout_s
 
     def directory(self) -> str:
         """Return the directory in which the document really lies."""
         with self.failures_reported():
-            return os.path.dirname(self._locate())
+            return self._locate()[0]
 
     def stamp(self) -> object:
         """Return what is another one once somebody has changed the document; costs one ``stat``."""
@@ -1451,22 +1458,22 @@ class JsonFileStore:
 
         self._locked(step)
 
-    def _locate(self) -> str:
-        """Return where the document really lies, so that a link stays a link when it is replaced.
+    def _locate(self) -> tuple[str, str]:
+        """Return directory and name of where the document really lies: when it is replaced, a link stays a link.
 
         Lock and temporary file lie there too: two links to one document must share one lock.
         """
         try:
             if not stat.S_ISLNK(os.lstat(self.path).st_mode):
-                return self.path
+                return self._split_path
         except FileNotFoundError:  # not made yet; what else fails must not make a link look like a plain file
-            return self.path
+            return self._split_path
         try:
-            return os.path.realpath(self.path, strict=True)
+            return os.path.split(os.path.realpath(self.path, strict=True))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ELOOP):
                 raise
-            return self.path  # the link leads nowhere, and is itself what stands in the place
+            return self._split_path  # the link leads nowhere, and is itself what stands in the place
 
     def _load(self, path: str, directory: int | None = None) -> tuple[State, ServerLines]:
         try:
@@ -1499,8 +1506,7 @@ class JsonFileStore:
         deadline_s = time.monotonic() + self.lock_timeout_s
         path = ""
         try:
-            located = self._locate()
-            path, name = os.path.split(located)
+            path, name = located = self._locate()
             directory = _opened(_open_directory, path)
             try:
                 at_once = _lock_in_time(directory, 0)
@@ -1514,7 +1520,7 @@ class JsonFileStore:
                     if not at_once and (
                         self._locate() != located or not os.path.samestat(os.fstat(directory), os.stat(path))
                     ):
-                        raise OSError(errno.ESTALE, "待っている間に移動されました", located)
+                        raise OSError(errno.ESTALE, "待っている間に移動されました", os.path.join(*located))
                     return step(directory, name)
                 finally:
                     _unlock_and_close(lock_file)
@@ -1932,16 +1938,28 @@ class GPUResourceManagerV01:
     def _obtain(
         self, request: Request, wait_s: float = 0, on_wait: OnWait | None = None, keep_lease: bool = True
     ) -> Allocation:
-        """Ask for ``request``, standing in line if it has a lease, until it is placed or time is up.
+        """Ask for ``request``, standing in line for ``wait_s`` seconds, for which it needs a lease.
 
-        :raises NoCapacityError: time is up.
+        :raises NoCapacityError: there is no room, or was none in time.
         """
+        if wait_s:
+            answer = self._stand_in_line(request, wait_s, on_wait, keep_lease)
+        else:
+            answer = self._ask(request, False, keep_lease)
+        if isinstance(answer, NoCapacityError):
+            raise answer
+        logger.info("リソース割り当て成功: %s", answer)
+        return answer
 
-        def arrive(stay: bool) -> Allocation | NoCapacityError:
-            return self._change(lambda state: ask(state, request, stay, keep_lease))
+    def _ask(self, request: Request, stay: bool, keep_lease: bool) -> Allocation | NoCapacityError:
+        return self._change(lambda state: ask(state, request, stay, keep_lease))
 
+    def _stand_in_line(
+        self, request: Request, wait_s: float, on_wait: OnWait | None, keep_lease: bool
+    ) -> Allocation | NoCapacityError:
+        """Arrive in line and stay there until ``request`` is placed or time is up."""
         deadline_s = time.monotonic() + wait_s
-        answer = arrive(stay=wait_s > 0)
+        answer = self._ask(request, True, keep_lease)
         told: NoCapacityError | None = None
         seen: object = None
         looked_s, pause_s = time.monotonic(), WAIT_POLL_S[0]
@@ -1965,21 +1983,16 @@ class GPUResourceManagerV01:
                 self._serve(state)
             _, answer = ask(state, request, True, keep_lease)
             if not isinstance(answer, NoCapacityError):
-                answer = arrive(stay=True)
-        if isinstance(answer, NoCapacityError) and wait_s:
-            answer = arrive(stay=False)
-        if isinstance(answer, NoCapacityError):
-            raise answer
-        logger.info("リソース割り当て成功: %s", answer)
-        return answer
+                answer = self._ask(request, True, keep_lease)
+        return self._ask(request, False, keep_lease) if isinstance(answer, NoCapacityError) else answer
 
     def _change(self, change: Callable[[State], tuple[bool, T]], instead_of_unusable: State | None = None) -> T:
         """Reclaim what has ended, apply ``change``, and serve the line before and after it, as one step."""
 
         def serve_and_change(state: State) -> tuple[bool, T]:
             # Deleting what no document names has no effect that a second call could see.
-            self._leases.sweep(records(state))
-            served = self._serve(state)
+            used = self._leases.sweep(records(state))
+            served = self._serve(state) if used else admit(state)
             changed, result = change(state)
             if changed:
                 admit(state)

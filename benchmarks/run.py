@@ -233,7 +233,7 @@ class BareFlockStore(JsonFileStore):
     """The floor: the same change under one blocking ``flock``, without a time limit."""
 
     def _locked(self, step: Callable[[int, str], T]) -> T:
-        path, name = os.path.split(self._locate())
+        path, name = self._locate()
         descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -277,7 +277,7 @@ def contention(directory: Path, processes: int, seconds: float, bare: bool) -> d
         ]
         for worker in workers:
             worker.start()
-        found = [answers.get() for _ in workers]
+        found = [answers.get(timeout=60 + seconds) for _ in workers]  # not for ever, should one of them fail
         for worker in workers:
             worker.join()
     waits = sorted(wait for _, _, some, _ in found for wait in some)
