@@ -1228,19 +1228,20 @@ def _opened(open_descriptor: Callable[[A], int], argument: A) -> int:
     return descriptor
 
 
-def _unlock_and_close(descriptor: int) -> None:
+def _unlock_and_close(*descriptors: int) -> None:
     # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
     # copy of the descriptor. Should that fail, closing frees the lock in any other case.
     with _descriptors_change:
-        if descriptor in _lock_descriptors:  # else a fork within the change has made us the child
-            _lock_descriptors.discard(descriptor)
-            try:
+        for descriptor in descriptors:
+            if descriptor in _lock_descriptors:  # else not opened, or a fork within the change has made us the child
+                _lock_descriptors.discard(descriptor)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                finally:
-                    os.close(descriptor)
-            except OSError:
-                pass
+                    try:
+                        fcntl.flock(descriptor, fcntl.LOCK_UN)
+                    finally:
+                        os.close(descriptor)
+                except OSError:
+                    pass
 
 
 class _Wait:
@@ -1504,34 +1505,28 @@ class JsonFileStore:
         like strangers. An ``OSError`` of the work inside is reported with the whole path of its file.
         """
         deadline_s = time.monotonic() + self.lock_timeout_s
-        path = ""
+        path, directory, lock_file = "", -1, -1
         try:
             path, name = located = self._locate()
             directory = _opened(_open_directory, path)
-            try:
-                at_once = _lock_in_time(directory, 0)
-                if not at_once and not _lock_in_turn(directory, deadline_s):
-                    raise self._timed_out(path)
-                lock_file = _opened(self._open_lock_file, directory)
-                try:
-                    at_once = _lock_in_time(lock_file, 0) and at_once
-                    if not at_once and not _lock_in_time(lock_file, deadline_s):
-                        raise self._timed_out(path)
-                    if not at_once and (
-                        self._locate() != located or not os.path.samestat(os.fstat(directory), os.stat(path))
-                    ):
-                        raise OSError(errno.ESTALE, "待っている間に移動されました", os.path.join(*located))
-                    return step(directory, name)
-                finally:
-                    _unlock_and_close(lock_file)
-            finally:
-                _unlock_and_close(directory)
+            at_once = _lock_in_time(directory, 0)
+            if not at_once and not _lock_in_turn(directory, deadline_s):
+                raise self._timed_out(path)
+            lock_file = _opened(self._open_lock_file, directory)
+            at_once = _lock_in_time(lock_file, 0) and at_once
+            if not at_once and not _lock_in_time(lock_file, deadline_s):
+                raise self._timed_out(path)
+            if not at_once and (self._locate() != located or not os.path.samestat(os.fstat(directory), os.stat(path))):
+                raise OSError(errno.ESTALE, "待っている間に移動されました", os.path.join(*located))
+            return step(directory, name)
         except ResourceManagerError:  # LockTimeoutError is an OSError too
             raise
         except OSError as error:
             if isinstance(error.filename, str):
                 error.filename = os.path.join(path, error.filename)
             raise self._failure(error) from error
+        finally:
+            _unlock_and_close(lock_file, directory)
 
     def _timed_out(self, directory: str) -> LockTimeoutError:
         directory = os.path.realpath(directory)

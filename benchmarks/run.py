@@ -48,8 +48,8 @@ from gpu_resource_manager_v01 import (
 
 T = TypeVar("T")
 CLI = str(Path(__file__).resolve().parent.parent / "cli_v01.py")
-#: GPUs and CPUs of two tasks of each server; with one more GPU on every other one, 5.5 of 8 GPUs are held
-FILL = ((2, 8), (3, 8))
+#: GPUs and CPUs of the tasks of even and of odd servers, none too small to be granted: 5.5 of 8 GPUs are held
+FILL = (((2, 8), (3, 8)), ((2, 8), (4, 8)))
 
 
 class Row(NamedTuple):
@@ -85,7 +85,7 @@ def pool(path: Path, servers: int) -> Path:
     state = new_state(servers)
     requester = this_requester("python train.py")
     for number, server in enumerate(state["servers"]):
-        for position, (gpus, cpus) in enumerate((*FILL, (1, 1)) if number % 2 else FILL):
+        for position, (gpus, cpus) in enumerate(FILL[number % 2]):
             server = place(server, f"job-{number}-{position}", gpus, cpus, timestamp(), requester)
         state["servers"][number] = server
     path.write_bytes(encode_state(state))
