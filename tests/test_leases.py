@@ -544,6 +544,28 @@ def test_waiter_that_gives_up_leaves_the_line(pool: Path) -> None:
     assert leases(pool) == []
 
 
+def test_waiter_that_gives_up_leaves_the_line_though_a_child_has_inherited_its_lease(
+    pool: Path, children: Children
+) -> None:
+    manager = GPUResourceManagerV01(pool)
+    reader, writer = os.pipe()
+
+    def child() -> None:
+        os.close(writer)
+        os.read(reader, 1)  # until the test closes its end
+
+    with manager.allocation("all", 8, 1):
+        refused = manager.allocate_resources(
+            "late", 2, 1, local=True, wait_s=0.1, on_wait=lambda *news: (children.start(child), None)[1]
+        )
+        assert refused is None
+        [pid] = children.pids
+        assert len(leases(pool)) == 2, "the child holds the lease still"
+        assert "waiting" not in manager.get_detailed_status()
+    os.close(writer)
+    assert children.wait(pid) == 0
+
+
 def test_who_waits_is_served_by_the_one_who_releases(pool: Path, children: Children) -> None:
     manager = GPUResourceManagerV01(pool)
     assert manager.allocate_resources("all", 8, 1, prefer_server_id=1)
