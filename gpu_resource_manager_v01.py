@@ -1228,20 +1228,19 @@ def _opened(open_descriptor: Callable[[A], int], argument: A) -> int:
     return descriptor
 
 
-def _unlock_and_close(*descriptors: int) -> None:
+def _unlock_and_close(descriptor: int) -> None:
     # Unlocked by name, for a child that was forked without Python's knowledge shares the lock through its
     # copy of the descriptor. Should that fail, closing frees the lock in any other case.
     with _descriptors_change:
-        for descriptor in descriptors:
-            if descriptor in _lock_descriptors:  # else not opened, or a fork within the change has made us the child
-                _lock_descriptors.discard(descriptor)
+        if descriptor in _lock_descriptors:  # else not opened, or a fork within the change has made us the child
+            _lock_descriptors.discard(descriptor)
+            try:
                 try:
-                    try:
-                        fcntl.flock(descriptor, fcntl.LOCK_UN)
-                    finally:
-                        os.close(descriptor)
-                except OSError:
-                    pass
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                pass
 
 
 class _Wait:
@@ -1526,7 +1525,10 @@ class JsonFileStore:
                 error.filename = os.path.join(path, error.filename)
             raise self._failure(error) from error
         finally:
-            _unlock_and_close(lock_file, directory)
+            try:
+                _unlock_and_close(lock_file)
+            finally:  # even if Ctrl-C has interrupted that
+                _unlock_and_close(directory)
 
     def _timed_out(self, directory: str) -> LockTimeoutError:
         directory = os.path.realpath(directory)
