@@ -1125,17 +1125,14 @@ class Leases:
         with self._locked(name, fcntl.LOCK_SH) as locked:
             return locked
 
-    def sweep(self, named: Iterable[Requester]) -> bool:
-        """Delete free leases that none of these records names; called with the state file locked.
-
-        Tells whether there can be leases here at all: without their directory, none is free.
-        """
+    def sweep(self, named: Iterable[Requester]) -> None:
+        """Delete free leases that none of these records names; called with the state file locked."""
         if not os.access(self.directory, os.F_OK):  # as long as nobody has used a lease; quicker than an exception
-            return False
+            return
         try:
             names = os.listdir(self.directory)
         except (FileNotFoundError, NotADirectoryError):
-            return False
+            return
         in_use = {str(record["lease"]) for record in named if "lease" in record} if names else ()
         for name in names:
             if name not in in_use and self._is_name(name):
@@ -1143,7 +1140,6 @@ class Leases:
                 with self._locked(name, fcntl.LOCK_EX) as locked:
                     if locked:
                         self.delete(name)
-        return True
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -1988,8 +1984,8 @@ class GPUResourceManagerV01:
 
         def serve_and_change(state: State) -> tuple[bool, T]:
             # Deleting what no document names has no effect that a second call could see.
-            used = self._leases.sweep(records(state))
-            served = self._serve(state) if used else admit(state)
+            self._leases.sweep(records(state))
+            served = self._serve(state)
             changed, result = change(state)
             if changed:
                 admit(state)
