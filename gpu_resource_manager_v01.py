@@ -732,8 +732,7 @@ def check_request(state: State, request: Request) -> None:
         if request["prefer_server_id"] not in server_ids:
             remedy = f"{', '.join(map(str, server_ids))} のいずれかを指定してください"
             raise _invalid("prefer_server_id", request["prefer_server_id"], "のサーバーはありません", remedy)
-    enough = request["required_gpus"] >= state.get("min_gpus_per_task", MIN_GPUS_PER_TASK)
-    if enough and any(eligible_servers(state, request)):
+    if request["required_gpus"] >= least_gpus(state) and any(eligible_servers(state, request)):
         return
     least, most, most_cpus = limits(state)
     _check_int("required_gpus", request["required_gpus"], least, most)
@@ -806,12 +805,17 @@ def descriptions(state: State) -> list[ServerDescription]:
     return [(server["server_name"], server["total_gpus"], server["total_cpus"]) for server in state["servers"]]
 
 
+def least_gpus(state: State) -> int:
+    """Return the least number of GPUs that one task may ask for."""
+    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK)
+
+
 def limits(state: State) -> tuple[int, int, int]:
     """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
     servers = state["servers"]
     most_gpus = max(map(itemgetter("total_gpus"), servers))
     most_cpus = max(map(itemgetter("total_cpus"), servers))
-    return state.get("min_gpus_per_task", MIN_GPUS_PER_TASK), most_gpus, most_cpus
+    return least_gpus(state), most_gpus, most_cpus
 
 
 def server_of_host(state: State, host: str, named: str | None) -> Server:
@@ -1864,7 +1868,7 @@ class GPUResourceManagerV01:
         if servers is None and min_gpus is None:
             return
         state = self._store.read()
-        if servers not in (None, descriptions(state)) or min_gpus not in (None, limits(state)[0]):
+        if servers not in (None, descriptions(state)) or min_gpus not in (None, least_gpus(state)):
             raise PoolConflictError(
                 f"既存の状態ファイルの構成は指定と異なります: {self.resource_file}\n"
                 "  対処: 変えるなら、--init の代わりに --reset で同じ構成を指定してください"
