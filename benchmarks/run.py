@@ -272,12 +272,12 @@ def contention(directory: Path, processes: int, seconds: float, bare: bool) -> d
         context = multiprocessing.get_context("fork")
         barrier, answers = context.Barrier(processes), context.Queue()
         workers = [
-            context.Process(target=contend, args=(path, bare, seconds, f"task-{number}", barrier, answers))
+            context.Process(target=contend, args=(path, bare, seconds, f"task-{number}", barrier, answers), daemon=True)
             for number in range(processes)
         ]
         for worker in workers:
             worker.start()
-        found = [answers.get(timeout=60 + seconds) for _ in workers]  # not for ever, should one of them fail
+        found = [answers.get(timeout=60 + seconds) for _ in workers]  # daemons, and not for ever: one may fail
         for worker in workers:
             worker.join()
     waits = sorted(wait for _, _, some, _ in found for wait in some)
