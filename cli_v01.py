@@ -6,25 +6,25 @@
 """Command line of the GPU resource manager: parse, call the library, show the answer.
 
 Results go to stdout; errors (``✗ …``, with what to do next) to stderr, never as a traceback.
-Reads from the ground up: rendering (dict in, text out), running a job, commands, the parser, ``main``.
+Reads from the ground up: rendering (dict in, text out), commands, the parser, output and ``main``.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import os
-import re
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # imports are most of a start, so the others stand where they are used
-    import signal
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn, TextIO
 
-    from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, ServerDescription, State, Summary
+    from gpu_resource_manager_v01 import GPUResourceManagerV01, ServerDescription
+
+    #: of a command: exit code, facts for programs, and a function that puts them in words
+    Answer = tuple[int, Mapping[str, Any], Callable[[Any], str]]
 
 EXIT_OK = 0
 EXIT_NO = 1  # the answer is no: no room, unknown task, not confirmed
@@ -32,22 +32,11 @@ EXIT_USAGE = 2  # wrong usage, bad parameters, a package is missing
 EXIT_IO = 74  # EX_IOERR: the state file cannot be read or written, or the output cannot
 EXIT_AGAIN = 75  # EX_TEMPFAIL: lock not had in time
 EXIT_OURS = 125  # of --run: our own failure, not the command's
-EXIT_NOT_EXECUTABLE = 126
-EXIT_NOT_FOUND = 127
+EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 126, 127  # of --run, as a shell has them
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 VERSION = "0.1"
-#: of the documents that ``--json`` prints
-SCHEMA = 1
-
-
-class Answer:
-    """What a command has to say: exit code, text for people, and the same for programs (``--json``)."""
-
-    def __init__(self, code: int, text: str, result: Mapping[str, object]) -> None:
-        self.code = code
-        self.text = text
-        self.result = result
+SCHEMA = 1  # of the documents that ``--json`` prints
 
 
 class Stopped(KeyboardInterrupt):
@@ -57,17 +46,15 @@ class Stopped(KeyboardInterrupt):
 class Refusal(Exception):  # noqa: N818 - a "no" is an answer too
     """A command is not carried out: exit code, name for programs, text for people, further facts."""
 
-    def __init__(self, code: int, name: str, message: str, facts: Mapping[str, object] | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.name = name
-        self.facts = facts or {}
+    def __init__(self, code: int, name: str, problem: str, remedy: str = "", facts: Any = None) -> None:
+        super().__init__(f"{problem}\n  対処: {remedy}" if remedy else problem)
+        self.code, self.name, self.facts = code, name, facts or {}
 
 
 # --- Rendering ------------------------------------------------------------------------------------
 
 
-def render_status(summary: Summary) -> str:
+def render_status(summary: Mapping[str, Any]) -> str:
     from tabulate import tabulate
 
     headers = ["サーバー", "GPU利用可/合計", "GPU使用率", "CPU利用可/合計", "CPU使用率", "実行中タスク"]
@@ -88,21 +75,21 @@ def render_status(summary: Summary) -> str:
     return f"{'=' * 33} GPU リソース状態 {'=' * 33}\n{table}\n\n{render_totals(summary)}"
 
 
-def render_totals(summary: Summary) -> str:
-    text = (
-        "合計:\n"
-        f"  GPU: {summary['total_available_gpus']}/{summary['total_gpus']} 利用可能\n"
-        f"  CPU: {summary['total_available_cpus']}/{summary['total_cpus']} 利用可能\n"
-        f"  実行中タスク: {summary['total_running_tasks']}"
-    )
+def render_totals(summary: Mapping[str, Any]) -> str:
+    lines = [
+        "合計:",
+        f"  GPU: {summary['total_available_gpus']}/{summary['total_gpus']} 利用可能",
+        f"  CPU: {summary['total_available_cpus']}/{summary['total_cpus']} 利用可能",
+        f"  実行中タスク: {summary['total_running_tasks']}",
+    ]
     if "total_waiting" in summary:
-        text += f"\n  待機中の要求: {summary['total_waiting']}"
+        lines.append(f"  待機中の要求: {summary['total_waiting']}")
     if "ended_tasks" in summary:
-        text += f"\n  終了済み (次の変更で回収): {', '.join(summary['ended_tasks'])}"
-    return text
+        lines.append(f"  終了済み (次の変更で回収): {', '.join(summary['ended_tasks'])}")
+    return "\n".join(lines)
 
 
-def render_detail(state: State) -> str:
+def render_detail(state: Mapping[str, Any]) -> str:
     lines = [f"{'=' * 33} GPU リソース詳細 {'=' * 33}"]
     for server in state["servers"]:
         lines += [
@@ -119,18 +106,17 @@ def render_detail(state: State) -> str:
                 f"      開始時刻: {task['start_time']}",
             ]
             if "user" in task:
-                lines.append(one_line(f"      要求元: {task['user']}@{task.get('host')} (PID {task.get('pid')})"))
+                who = f"      要求元: {task['user']}@{task.get('host')} (PID {task.get('pid')})"
+                lines.append(who.replace("\n", "?"))
         lines.append("")
     for position, request in enumerate(state.get("waiting", []), start=1):
-        lines.append(
-            f"待機中 {position}: {request['task_id']}"
-            + one_line(f" (GPU {request['required_gpus']}, CPU {request['required_cpus']}, {request.get('user')})")
-            + (" (終了済み)" if request.get("ended") is True else "")
-        )
+        who = str(request.get("user")).replace("\n", "?")
+        what = f"{request['task_id']} (GPU {request['required_gpus']}, CPU {request['required_cpus']}, {who})"
+        lines.append(f"待機中 {position}: {what}" + (" (終了済み)" if request.get("ended") is True else ""))
     return "\n".join([*lines, f"最終更新: {state['last_updated']}"])
 
 
-def render_allocation(allocation: Allocation) -> str:
+def render_allocation(allocation: Mapping[str, Any]) -> str:
     devices = allocation["gpu_devices"]
     server = f"  サーバー: {allocation['server_name']}\n  GPU ID: {allocation['gpu_ids']}\n"
     cpus = f"  CPU数: {allocation['cpu_count']}\n"
@@ -142,106 +128,17 @@ def render_allocation(allocation: Allocation) -> str:
     )
 
 
-def one_line(text: str) -> str:
-    return text.replace("\n", "?")
-
-
-def job_environment(allocation: Allocation) -> dict[str, str]:
-    """Return what a job needs to keep to its GPUs and CPUs."""
-    return {
-        "CUDA_VISIBLE_DEVICES": allocation["gpu_devices"],
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbering of NVML, and so of the pool
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(allocation["cpu_count"])),
-        "GPU_TASK_ID": allocation["task_id"],
-    }
-
-
-def render_export(allocation: Allocation) -> str:
-    return "\n".join(f"export {name}={quote(value)}" for name, value in job_environment(allocation).items())
-
-
-def render_failed_export(code: int) -> str:
-    """Return what hides every GPU and then fails: no job is to start on all GPUs since none was granted.
-
-    -1 rather than nothing, since programs take an empty value for one that is not set.
-    """
-    return f"export CUDA_VISIBLE_DEVICES=-1\n(exit {code})"
-
-
 def quote(word: str) -> str:
     """Quote ``word`` for a POSIX shell, but only if it needs it: Japanese letters do not."""
     plain = word and all(letter.isalnum() or letter in "_@%+=:,./-" for letter in word)
     return word if plain else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
-# --- Running a job ----------------------------------------------------------------------------------
-
-_SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
-
-
-def spawn(job: list[str], environment: Mapping[str, str], mask: set[int | signal.Signals]) -> int:
-    """Start a command as a shell would, with this signal mask, and return its pid."""
-    import signal
-    from shutil import which
-
-    # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
-    restored = [signal.SIGPIPE, signal.SIGXFSZ]
-    try:
-        return os.posix_spawnp(job[0], job, environment, setsigmask=mask, setsigdef=restored)
-    except OSError as error:
-        script = which(job[0])
-        if error.errno == errno.ENOEXEC and script is not None:  # without "#!", which every shell runs
-            shell = ["sh", script, *job[1:]]
-            return os.posix_spawn("/bin/sh", shell, environment, setsigmask=mask, setsigdef=restored)
-        # A directory of PATH that we may not search makes the search end with EACCES as well.
-        if "/" not in job[0] and which(job[0], os.F_OK) is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-        raise
-
-
-def run_job(job: list[str], environment: Mapping[str, str]) -> int:
-    """Run a command as a shell would, forwarding signals to it, and return its exit code.
-
-    It stays in our process group: a Ctrl-C or Ctrl-Z in the terminal reaches it, and a job-controlling
-    shell handles both of us as one. So what the terminal sends is not forwarded, but what ``kill`` sends
-    to us is.
-    """
-    import signal
-
-    forwarded = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-    watched = forwarded | {signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of the end
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    try:
-        try:
-            pid = spawn(job, environment, mask)
-        except OSError as error:
-            show_error(f"✗ コマンドを実行できません: {job[0]}: {error.strerror}")
-            return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
-        while True:
-            received = signal.sigwaitinfo(watched)
-            if received.si_signo != signal.SIGCHLD:
-                # A terminal that goes away tells only the leader of its session.
-                ours_alone = received.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
-                if received.si_code != _SI_KERNEL or ours_alone:
-                    os.kill(pid, received.si_signo)
-                continue
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
-    finally:
-        while signal.sigtimedwait(watched, 0):  # came too late for the job, and is not meant for us
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 class WaitingLine:
     """One line on stderr about the place in the queue: rewritten on a terminal, else printed anew."""
 
     def __init__(self, once: bool = False) -> None:
-        self.once = once
-        self.shown = False
+        self.once, self.shown = once, False
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def __call__(self, position: int, reason: str) -> None:
@@ -267,88 +164,88 @@ class WaitingLine:
 
 
 def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    # Construction has made the state file if there was none.
-    summary = manager.get_resource_summary()
-    text = f"✓ 初期化完了 (既存の状態は上書きしません): {manager.resource_file}\n\n{render_totals(summary)}"
-    return Answer(EXIT_OK, text, {"resource_file": manager.resource_file, **summary})
+    head = f"✓ 初期化完了 (既存の状態は上書きしません): {manager.resource_file}\n\n"
+    result = {"resource_file": manager.resource_file, **manager.get_resource_summary()}  # construction has made it
+    return (EXIT_OK, result, lambda summary: head + render_totals(summary))
 
 
 def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    summary = manager.get_resource_summary()
-    return Answer(EXIT_OK, "" if args.json else render_status(summary), {**summary})
+    return (EXIT_OK, {**manager.get_resource_summary()}, render_status)
 
 
 def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    state = manager.get_detailed_status()
-    return Answer(EXIT_OK, render_detail(state), {**state})
+    return (EXIT_OK, {**manager.get_detailed_status()}, render_detail)
 
 
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    from gpu_resource_manager_v01 import NoCapacityError
+
     task_id, gpus, cpus = args.allocate
-    if not args.json and not args.export:  # shown before the wait for the lock, not after it
-        show(f"リソース割り当てを試行中:\n  タスクID: {task_id}\n  GPU数: {gpus}\n  CPU数: {cpus}\n")
+    # Shown before the wait for the lock, not after it.
+    args.output.progress(f"リソース割り当てを試行中:\n  タスクID: {task_id}\n  GPU数: {gpus}\n  CPU数: {cpus}\n")
     line = WaitingLine()
-    allocation = manager.allocate_resources(
-        task_id, gpus, cpus, args.prefer_server, wait_s=args.wait or 0, on_wait=line, local=args.export
-    )
-    line.end()
-    if allocation is None:
-        message, facts = args.warnings.last
-        raise Refusal(
-            EXIT_NO if args.wait is None else EXIT_AGAIN,
-            "no_capacity",
-            f"{message}\n  対処: 空きが出てから再実行するか、--wait で待ってください",
-            facts,
+    try:
+        allocation = manager.obtain_resources(
+            task_id, gpus, cpus, args.prefer_server, wait_s=args.wait or 0, on_wait=line, local=args.export
         )
-    text = render_export(allocation) if args.export else render_allocation(allocation)
-    return Answer(EXIT_OK, text, {**allocation})
+    except NoCapacityError as error:
+        code = EXIT_NO if args.wait is None else EXIT_AGAIN
+        problem, remedy = f"リソース不足: {error}", "空きが出てから再実行するか、--wait で待ってください"
+        raise Refusal(code, "no_capacity", problem, remedy, vars(error)) from error
+    finally:
+        line.end()
+    return (EXIT_OK, {**allocation}, render_allocation)
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    from gpu_resource_extensions.run_job import job_environment, run_job
     from gpu_resource_manager_v01 import ResourceManagerError
 
     task_id, gpus, cpus = args.run
     line = WaitingLine(once=True)
-    command = " ".join(map(quote, args.job))
-    code = None
+    code, command = None, " ".join(map(quote, args.job))
     try:
         with manager.allocation(task_id, gpus, cpus, wait_s=args.wait or 0, on_wait=line, command=command) as granted:
             line.end(f"✓ {granted['server_name']} の GPU {granted['gpu_devices']} で実行します: {task_id}")
-            code = run_job(args.job, {**os.environ, **job_environment(granted)})
+            try:
+                code = run_job(args.job, {**os.environ, **job_environment(granted)})
+            except OSError as error:
+                show_error(f"✗ コマンドを実行できません: {args.job[0]}: {error.strerror}")
+                code = EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
     except (ResourceManagerError, KeyboardInterrupt) as error:
         if code is None:
             raise
         # The job's exit code stands; what it held is taken back by the next change of anybody.
         show_error(f"✗ 解放を記録できませんでした: {error}\n  対処: 次のコマンドが自動で回収します")
-    return Answer(code, "", {**granted, "exit_code": code})
+    return (code, {**granted, "exit_code": code}, lambda _: "")
 
 
 def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    if not args.json:
-        show(f"リソース解放を試行中: {args.release}")
-    if not manager.release_resources(args.release, force=args.force):
-        message, _ = args.warnings.last
+    task_id = args.release
+    args.output.progress(f"リソース解放を試行中: {task_id}")
+    if not manager.release_resources(task_id, force=args.force):
         remedy = "--detail で実行中のタスクIDを確認してください"
-        raise Refusal(EXIT_NO, "unknown_task", f"{message}\n  対処: {remedy}", {"task_id": args.release})
-    return Answer(EXIT_OK, f"✓ リソース解放完了: {args.release}\n✓ リソース解放成功！", {"task_id": args.release})
+        raise Refusal(EXIT_NO, "unknown_task", f"タスクが見つかりません: {task_id}", remedy, {"task_id": task_id})
+    return (EXIT_OK, {"task_id": task_id}, "✓ リソース解放完了: {task_id}\n✓ リソース解放成功！".format_map)
 
 
 def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    import logging
+
     if not args.yes:
         if sys.stdin is None or not sys.stdin.isatty():
-            raise Refusal(
-                EXIT_USAGE,
-                "not_confirmed",
-                "確認するための端末がないため、リセットしません\n"
-                "  対処: 確認を省くには --reset --yes を指定してください",
-            )
+            problem, remedy = "確認するための端末がないため、リセットしません", "--reset --yes を指定してください"
+            raise Refusal(EXIT_USAGE, "not_confirmed", problem, f"確認を省くには {remedy}")
         # On stderr, for stdout may be a file.
         show_error("警告：すべての実行中タスクの記録がクリアされます！\n続行しますか？ [y/N]:")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise Refusal(EXIT_NO, "not_confirmed", "リセットを中止しました\n  対処: 消してよければ y と答えてください")
+            raise Refusal(EXIT_NO, "not_confirmed", "リセットを中止しました", "消してよければ y と答えてください")
+    notes = logging.Handler(logging.WARNING)  # such as that a damaged file was set aside
+    notes.emit = lambda record: show_error(f"注意: {record.getMessage()}")  # type: ignore[method-assign]
+    logging.getLogger("gpu_resource_manager_v01").addHandler(notes)
     described = args.servers is not None or args.min_gpus is not None
     manager.reset_resources(args.servers, args.min_gpus, force=args.yes or not described)
-    return Answer(EXIT_OK, "✓ システムリセット完了", {"resource_file": manager.resource_file})
+    return (EXIT_OK, {"resource_file": manager.resource_file}, lambda _: "✓ システムリセット完了")
 
 
 # --- The parser -----------------------------------------------------------------------------------
@@ -361,7 +258,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         remedy = "python cli_v01.py --help で使い方を確認してください"
-        raise Refusal(EXIT_USAGE, "usage", f"引数が正しくありません: {message}\n  対処: {remedy}")
+        raise Refusal(EXIT_USAGE, "usage", f"引数が正しくありません: {message}", remedy)
 
 
 def is_number(text: str) -> bool:
@@ -376,8 +273,7 @@ def integer(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    whole, point, fraction = text.partition(".")
-    if not is_number(whole) or (point and not is_number(fraction)):
+    if not all(map(is_number, text.split(".", 1))):
         raise argparse.ArgumentTypeError(f"秒数ではありません: {text!r}")
     return float(text)
 
@@ -388,36 +284,6 @@ def server_description(text: str) -> ServerDescription:
         raise argparse.ArgumentTypeError(f"NAME:GPUS:CPUS の形ではありません: {text!r}")
     gpus, cpus = map(integer, counts)
     return name, gpus, cpus
-
-
-def detected_server() -> ServerDescription:
-    """Return this machine: host name, GPUs by NVML (package ``nvidia-ml-py``), CPUs by the kernel.
-
-    :raises Refusal: the number of GPUs cannot be known here, or it is 0.
-    """
-
-    from gpu_resource_manager_v01 import host_name
-
-    def refusal(problem: str, remedy: str) -> Refusal:
-        remedy += "--init --server NAME:GPUS:CPUS で台数を指定してください"
-        return Refusal(EXIT_USAGE, "detection_failed", f"{problem}\n  対処: {remedy}")
-
-    try:
-        import pynvml
-    except ImportError as error:
-        problem = f"GPU の数が分かりません: nvidia-ml-py を読み込めません ({error})"
-        raise refusal(problem, ".venv/bin/pip install nvidia-ml-py を実行するか、") from error
-    try:
-        pynvml.nvmlInit()
-        try:
-            gpus: int = pynvml.nvmlDeviceGetCount()
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise refusal(f"GPU の数が分かりません: NVML: {error}", "ドライバを確認するか、") from error
-    if not gpus:
-        raise refusal("この計算機に NVIDIA GPU はありません", "")
-    return host_name(), gpus, os.cpu_count() or 1
 
 
 #: a text of its own, for argparse would take a fifth of a start to make one
@@ -457,26 +323,35 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 
 def build_parser() -> Parser:
     parser = Parser(prog="cli_v01.py", allow_abbrev=False, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
     commands = parser.add_mutually_exclusive_group()
-    for option, command in (
-        ("--init", cmd_init),
-        ("--status", cmd_status),
-        ("--detail", cmd_detail),
-        ("--reset", cmd_reset),
-    ):
-        commands.add_argument(option, dest="command", action="store_const", const=command)
-    for option in ("--allocate", "--run"):
-        commands.add_argument(option, nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"))
+    for command in (cmd_init, cmd_status, cmd_detail, cmd_reset):
+        commands.add_argument(option_of(command), dest="command", action="store_const", const=command)
+    for command in (cmd_allocate, cmd_run):
+        commands.add_argument(option_of(command), nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"))
     commands.add_argument("--release", action="append", metavar="TASK_ID")
     commands.add_argument("--version", action="store_true")
-    parser.add_argument("--prefer-server", type=integer, metavar="ID")
-    parser.add_argument("--wait", nargs="?", type=seconds, const=float("inf"), metavar="SECONDS")
-    parser.add_argument("--server", dest="servers", action="append", type=server_description, metavar="NAME:GPUS:CPUS")
-    parser.add_argument("--min-gpus", type=integer, metavar="N")
-    for option in ("--export", "--force", "--detect", "--yes", "--json"):
-        parser.add_argument(option, action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    for option, (_, settings) in OPTIONS.items():
+        parser.add_argument(option, **(settings or {"action": "store_true"}))
     return parser
+
+
+def option_of(command: Callable[..., Answer]) -> str:
+    return "--" + command.__name__.removeprefix("cmd_")
+
+
+#: with which commands an option can be used, and what ``argparse`` is told about it
+OPTIONS: dict[str, tuple[list[Callable[..., Answer]], dict[str, Any]]] = {
+    "--prefer-server": ([cmd_allocate], {"type": integer, "metavar": "ID"}),
+    "--wait": ([cmd_allocate, cmd_run], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
+    "--export": ([cmd_allocate], {}),
+    "--force": ([cmd_release], {}),
+    "--server": ([cmd_init, cmd_reset], {"action": "append", "type": server_description, "dest": "servers"}),
+    "--detect": ([cmd_init, cmd_reset], {}),
+    "--min-gpus": ([cmd_init, cmd_reset], {"type": integer, "metavar": "N"}),
+    "--yes": ([cmd_reset], {}),
+}
 
 
 def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argparse.Namespace:
@@ -489,52 +364,76 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
     if args.help and not args.export:
         args.command = None
         return args
-    for option, values in (("--allocate", args.allocate), ("--run", args.run), ("--release", args.release)):
-        if values and len(values) > 1:  # argparse would forget all but the last
-            parser.error(f"{option} は一度だけ指定してください")
-    if args.release:
-        args.command = cmd_release
-        [args.release] = args.release
-    for name, command in (("allocate", cmd_allocate), ("run", cmd_run)):
-        if values := getattr(args, name):
+    for command in (cmd_allocate, cmd_run, cmd_release):
+        name = option_of(command).removeprefix("--")
+        values = getattr(args, name) or []
+        if len(values) > 1:  # argparse would forget all but the last
+            parser.error(f"--{name} は一度だけ指定してください")
+        for value in values:
             args.command = command
-            [(task_id, *counts)] = values
             try:
-                setattr(args, name, (task_id, *map(integer, counts)))
+                setattr(args, name, value if command is cmd_release else (value[0], *map(integer, value[1:])))
             except argparse.ArgumentTypeError as error:
                 parser.error(f"argument --{name}: {error}")
     if (args.command is cmd_run) != bool(job):
         parser.error("コマンドは --run TASK_ID GPUS CPUS -- COMMAND … の形で指定してください")
-    for option, given, commands in (
-        ("--prefer-server", args.prefer_server is not None, [cmd_allocate]),
-        ("--wait", args.wait is not None, [cmd_allocate, cmd_run]),
-        ("--export", args.export, [cmd_allocate]),
-        ("--force", args.force, [cmd_release]),
-        ("--server", args.servers, [cmd_init, cmd_reset]),
-        ("--detect", args.detect, [cmd_init, cmd_reset]),
-        ("--min-gpus", args.min_gpus is not None, [cmd_init, cmd_reset]),
-        ("--yes", args.yes, [cmd_reset]),
-    ):
-        if given and args.command not in commands:
-            names = "・".join("--" + command.__name__.removeprefix("cmd_") for command in commands)
-            parser.error(f"{option} は {names} と一緒に指定してください")
-    if args.json and args.export:
-        parser.error("--json と --export は一緒に指定できません")
-    if args.detect and args.servers:
-        parser.error("--detect と --server は一緒に指定できません")
+    for option, (commands, settings) in OPTIONS.items():
+        given = getattr(args, settings.get("dest", option.removeprefix("--").replace("-", "_")))
+        if given is not None and given is not False and args.command not in commands:
+            parser.error(f"{option} は {'・'.join(map(option_of, commands))} と一緒に指定してください")
+    for one, other in (("json", "export"), ("detect", "servers")):
+        if getattr(args, one) and getattr(args, other):
+            parser.error(f"--{one} と --{other.removesuffix('s')} は一緒に指定できません")
     return args
 
 
 # --- Output and main ------------------------------------------------------------------------------
 
-# Could move the cursor, or reverse or split the text, of the terminal that shows it: from an argument,
-# or from the path of the state file.
-UNSAFE = "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+
+class Output:
+    """What differs with ``--json`` (for programs) and ``--export`` (for ``eval`` in a shell): told apart only here."""
+
+    def __init__(self, words: Sequence[str]) -> None:  # be they right or wrong otherwise
+        self.json, self.export = "--json" in words, "--export" in words
+
+    def _json(self, **content: object) -> str:
+        import json
+
+        return json.dumps({"schema": SCHEMA, **content}, ensure_ascii=False, allow_nan=False, default=str)
+
+    def progress(self, text: str) -> None:
+        """Tell people what a command is about to do."""
+        if not self.json and not self.export:
+            show(text)
+
+    def done(self, answer: Answer) -> tuple[int, str]:
+        """Return the exit code and what goes to stdout."""
+        code, result, render = answer
+        if self.json:
+            return code, self._json(ok=True, result=result)
+        if self.export and "gpu_devices" in result:
+            from gpu_resource_extensions.run_job import job_environment
+
+            return code, "\n".join(f"export {name}={quote(it)}" for name, it in job_environment(result).items())
+        return code, render(result)
+
+    def refused(self, refusal: Refusal, code: int) -> tuple[int, str]:
+        """Return the same for a command that was not carried out; people are told on stderr."""
+        if self.json:
+            return code, self._json(ok=False, error={"code": refusal.name, "message": str(refusal), **refusal.facts})
+        show_error(f"✗ {refusal}")
+        # Hides every GPU, and then fails: no job is to start on all GPUs since none was granted. -1 rather
+        # than nothing, since programs take an empty value for one that is not set.
+        return code, f"export CUDA_VISIBLE_DEVICES=-1\n(exit {code})" if self.export else ""
 
 
 def safe(text: str) -> str:
-    # What can be printed is safe, and to know that saves making the expression at every start.
-    return text if text.replace("\n", "").isprintable() else re.sub(UNSAFE, "?", text)
+    """Return lines of text without what could harm the terminal: from an argument, or from a path."""
+    if text.replace("\n", "").isprintable():  # what can be printed is safe
+        return text
+    from gpu_resource_manager_v01 import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def show(text: str) -> None:
@@ -559,108 +458,64 @@ def discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Warnings:
-    """The last warning of the library, which says why the answer is no."""
-
-    def __init__(self) -> None:
-        self.last: tuple[str, Mapping[str, object]] = ("", {})
-
-    def listen(self, logger: Any) -> None:
-        from logging import WARNING, Handler, LogRecord
-
-        class Listener(Handler):
-            def emit(listener, record: LogRecord) -> None:  # noqa: N805
-                facts = record.args[0] if isinstance(record.args, tuple) and record.args else None
-                self.last = (record.getMessage(), dict(vars(facts)) if isinstance(facts, Exception) else {})
-
-        logger.addHandler(Listener(WARNING))
-
-
-def run(words: Sequence[str], job: list[str] | None) -> Answer:
-    """Carry out one command. The one place where errors of the library become exit codes.
-
-    :raises Refusal: it was not carried out.
-    """
+def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tuple[int, str]:
+    """Carry out one command or raise :class:`Refusal`; here alone errors of the library become exit codes."""
     help_alone = not ({*words} - {"-h", "--help", "--json"} or job)
     if not help_alone:
         if __name__ == "__main__":  # not in a program that calls ``main``: there, signals are its own
             end_waits_on_signals()
         args = parse(build_parser(), words, job)
+        args.output = output
     if help_alone or args.help or (args.command is None and not args.version):
-        return Answer(EXIT_OK, HELP.rstrip(), {"help": HELP})
+        return output.done((EXIT_OK, {"help": HELP}, lambda _: HELP.rstrip()))
     if args.version:
-        return Answer(EXIT_OK, f"GPU リソースマネージャー v{VERSION}", {"version": VERSION})
-    try:
-        library = imported_library()
-        try:
-            args.warnings = Warnings()
-            args.warnings.listen(library.logger)
-            if args.detect:
-                args.servers = [detected_server()]
-            described = {} if args.command is cmd_reset else {"servers": args.servers, "min_gpus": args.min_gpus}
-            manager = library.GPUResourceManagerV01(**described)
-            done: Answer = args.command(manager, args)
-            if args.warnings.last[0]:  # such as that a file was set aside
-                show_error(f"注意: {args.warnings.last[0]}")
-            return done
-        except library.ResourceManagerError as error:
-            code, name = classified(error, library)
-            raise Refusal(code, name, str(error), vars(error)) from error
-    except ImportError as error:
-        remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
-        message = f"必要なパッケージを読み込めません: {error}\n  対処: {remedy}"
-        raise Refusal(EXIT_USAGE, "missing_package", message) from error
-
-
-def imported_library() -> Any:
-    """Import the library, and keep its compiled form: without that, a start takes a quarter longer.
-
-    Containers that set PYTHONDONTWRITEBYTECODE mean the packages that they have compiled already, and
-    ``python -B`` means it.
-    """
-    as_told = sys.dont_write_bytecode
+        return output.done((EXIT_OK, {"version": VERSION}, "GPU リソースマネージャー v{version}".format_map))
+    # Without our modules in their compiled form a start takes a quarter longer. Containers that set this mean
+    # the packages that they have compiled already, and ``python -B`` means it.
     if os.environ.get("PYTHONDONTWRITEBYTECODE") and __name__ == "__main__":
         sys.dont_write_bytecode = False
     try:
-        import gpu_resource_manager_v01
-    finally:
-        sys.dont_write_bytecode = as_told
-    return gpu_resource_manager_v01
+        import gpu_resource_manager_v01 as library
+
+        try:
+            if args.detect:
+                from gpu_resource_extensions.detect_gpus import detected_server
+
+                args.servers = [detected_server()]
+            described = {} if args.command is cmd_reset else {"servers": args.servers, "min_gpus": args.min_gpus}
+            return output.done(args.command(library.GPUResourceManagerV01(**described), args))
+        except library.ResourceManagerError as error:
+            codes = [CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES]
+            raise Refusal(*(codes or [(EXIT_IO, "state_file")])[0], str(error), facts=vars(error)) from error
+    except ImportError as error:
+        remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
+        raise Refusal(EXIT_USAGE, "missing_package", f"必要なパッケージを読み込めません: {error}", remedy) from error
 
 
-def classified(error: Exception, library: Any) -> tuple[int, str]:
-    """Return the exit code and the name for programs of an error of the library."""
-    for kind, code, name in (
-        (library.DuplicateTaskError, EXIT_USAGE, "duplicate_task"),
-        (library.InvalidRequestError, EXIT_USAGE, "invalid_request"),
-        (library.NotOwnerError, EXIT_NO, "not_owner"),
-        (library.PoolConflictError, EXIT_NO, "pool_conflict"),
-        (library.NoCapacityError, EXIT_AGAIN, "no_capacity"),
-        (library.LockTimeoutError, EXIT_AGAIN, "lock_timeout"),
-    ):
-        if isinstance(error, kind):
-            return code, name
-    return EXIT_IO, "state_file"
+#: exit code and name for programs of each error; all others are about the state file
+CODES = {
+    "DuplicateTaskError": (EXIT_USAGE, "duplicate_task"),
+    "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
+    "DetectionError": (EXIT_USAGE, "detection_failed"),
+    "NotOwnerError": (EXIT_NO, "not_owner"),
+    "PoolConflictError": (EXIT_NO, "pool_conflict"),
+    "NoCapacityError": (EXIT_AGAIN, "no_capacity"),
+    "LockTimeoutError": (EXIT_AGAIN, "lock_timeout"),
+}
 
 
 def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
-    """Carry out one command and return its exit code and what goes to stdout."""
+    """Return exit code and stdout of one command, be it carried out, refused or interrupted."""
+    output = Output(words)
     try:
-        done = run(words, job)
-        return done.code, as_json({"ok": True, "result": done.result}) if "--json" in words else done.text
+        return carry_out(words, job, output)
     except Refusal as refusal:
         refused = refusal
     except KeyboardInterrupt as stop:
         code = int(stop.args[0]) if isinstance(stop, Stopped) else EXIT_INTERRUPTED
-        refused = Refusal(code, "interrupted", "中断しました\n  対処: --detail で現在の状態を確認できます")
-    code = refused.code
-    if "--run" in words and code in (EXIT_NO, EXIT_USAGE, EXIT_IO):
-        code = EXIT_OURS
-    if "--json" in words:
-        error = {"code": refused.name, "message": str(refused), **refused.facts}
-        return code, as_json({"ok": False, "error": error})
-    show_error(f"✗ {refused}")
-    return code, render_failed_export(code) if "--export" in words else ""
+        refused = Refusal(code, "interrupted", "中断しました", "--detail で現在の状態を確認できます")
+    is_ours = "--run" in words and refused.code in (EXIT_NO, EXIT_USAGE, EXIT_IO)
+    return output.refused(refused, EXIT_OURS if is_ours else refused.code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -668,8 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a legacy encoding may lack ✓
-    words = sys.argv[1:] if argv is None else list(argv)
-    job = None
+    words, job = sys.argv[1:] if argv is None else list(argv), None
     if "--" in words:
         words, job = words[: words.index("--")], words[words.index("--") + 1 :]
     code = EXIT_IO  # until the command has done its work
@@ -685,14 +539,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             discard(sys.stdout)
     except KeyboardInterrupt:  # while the answer was being written
-        return EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     return code
-
-
-def as_json(document: Mapping[str, object]) -> str:
-    import json
-
-    return json.dumps({"schema": SCHEMA, **document}, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def end_waits_on_signals() -> None:

@@ -34,7 +34,8 @@ def free_here(pool: Path) -> int:
     """Return how many GPUs of this machine the state file calls free, once one further command has run."""
     manager = GPUResourceManagerV01(pool)
     manager.release_resources("no such task")
-    return manager.get_resource_summary()["servers"][1]["available_gpus"]
+    available: int = manager.get_resource_summary()["servers"][1]["available_gpus"]
+    return available
 
 
 def leases(pool: Path) -> list[str]:

@@ -1,0 +1,40 @@
+"""This machine as a server of a pool: its GPUs by NVML (package ``nvidia-ml-py``)."""
+
+from __future__ import annotations
+
+import os
+
+from gpu_resource_manager_v01 import ResourceManagerError, ServerDescription, host_name
+
+
+class DetectionError(ResourceManagerError):
+    """Asking: the number of GPUs cannot be known here, or it is 0."""
+
+    template = "{problem}\n  対処: {remedy}--init --server NAME:GPUS:CPUS で台数を指定してください"
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem = problem
+        self.remedy = remedy
+
+
+def detected_server() -> ServerDescription:
+    """Return this machine: host name, GPUs by NVML, CPUs by the kernel.
+
+    :raises DetectionError: the number of GPUs cannot be known here, or it is 0.
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        problem = f"GPU の数が分かりません: nvidia-ml-py を読み込めません ({error})"
+        raise DetectionError(problem, ".venv/bin/pip install nvidia-ml-py を実行するか、") from error
+    try:
+        pynvml.nvmlInit()
+        try:
+            gpus: int = pynvml.nvmlDeviceGetCount()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise DetectionError(f"GPU の数が分かりません: NVML: {error}", "ドライバを確認するか、") from error
+    if not gpus:
+        raise DetectionError("この計算機に NVIDIA GPU はありません", "")
+    return host_name(), gpus, os.cpu_count() or 1
