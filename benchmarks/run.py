@@ -26,19 +26,19 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
-    JsonFileStore,
     Leases,
-    Request,
     State,
-    ask,
+    ask_once,
     decode_state,
     encode_state,
+    end_task,
+    new_request,
     new_state,
     place,
     reclaim,
@@ -46,7 +46,6 @@ from gpu_resource_manager_v01 import (
     timestamp,
 )
 
-T = TypeVar("T")
 CLI = str(Path(__file__).resolve().parent.parent / "cli_v01.py")
 #: GPUs and CPUs of the tasks of even and of odd servers, none too small to be granted: 5.5 of 8 GPUs are held
 FILL = (((2, 8), (3, 8)), ((2, 8), (4, 8)))
@@ -86,8 +85,7 @@ def pool(path: Path, servers: int) -> Path:
     requester = this_requester("python train.py")
     for number, server in enumerate(state["servers"]):
         for position, (gpus, cpus) in enumerate(FILL[number % 2]):
-            server = place(server, f"job-{number}-{position}", gpus, cpus, timestamp(), requester)
-        state["servers"][number] = server
+            place(server, f"job-{number}-{position}", gpus, cpus, timestamp(), requester)
     path.write_bytes(encode_state(state))
     return path
 
@@ -133,15 +131,15 @@ def starts(directory: Path, rounds: int) -> Iterator[Row]:
 # --- (b) a durable change -------------------------------------------------------------------------
 
 
-def write_durably(directory: str, data: bytes) -> None:
+def write_durably(path: str, data: bytes) -> None:
     """Do the least that makes ``data`` the content of a file for good."""
-    temporary = os.path.join(directory, "floor.tmp")
+    temporary = f"{path}.tmp"
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.write(descriptor, data)
     os.fsync(descriptor)
     os.close(descriptor)
-    os.replace(temporary, os.path.join(directory, "floor"))
-    descriptor = os.open(directory, os.O_RDONLY)
+    os.replace(temporary, path)
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -213,7 +211,7 @@ def changes(directory: Path, rounds: int) -> Iterator[Row]:
                 costs.clear()
             # In turns of a few changes each, so that not every one finds the processor's caches full of another.
             for _ in range(5):
-                note("write+fsync+rename+fsync", partial(write_durably, str(place_of), path.read_bytes()))
+                note("write+fsync+rename+fsync", partial(write_durably, str(place_of / "floor"), path.read_bytes()))
                 note("allocate", partial(manager.allocate_resources, "bench", 2, 1))
                 note("release", partial(manager.release_resources, "bench"))
             for name, other in (("SQLite rollback, EXTRA", rollback), ("SQLite WAL, FULL", log)):
@@ -229,35 +227,48 @@ def changes(directory: Path, rounds: int) -> Iterator[Row]:
 # --- (c) contention -------------------------------------------------------------------------------
 
 
-class BareFlockStore(JsonFileStore):
-    """The floor: the same change under one blocking ``flock``, without a time limit."""
+def change_under_bare_flock(path: str, change: Callable[[State], object]) -> None:
+    """Make the floor of a change: the same checks and bytes, one blocking ``flock`` without a time limit."""
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        data = Path(path).read_bytes()
+        before, state = decode_state(data), json.loads(data)
+        state["last_updated"] = timestamp()
+        change(state)
+        write_durably(path, encode_state(state, before))
+    finally:
+        os.close(descriptor)
 
-    def _locked(self, step: Callable[[int, str], T]) -> T:
-        path, name = self._locate()
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            return step(descriptor, name)
-        finally:
-            os.close(descriptor)
+
+def change_by_floor(path: str, name: str, is_held: bool) -> None:
+    """Allocate as the manager does, or release what ``is_held``."""
+    if is_held:
+        change_under_bare_flock(path, lambda state: end_task(state, name))
+    else:
+        request = new_request(name, 2, 1, **this_requester())
+        change_under_bare_flock(path, lambda state: ask_once(state, request))
+
+
+def change_by_manager(manager: GPUResourceManagerV01, name: str, is_held: bool) -> None:
+    if is_held:
+        manager.release_resources(name)
+    else:
+        manager.allocate_resources(name, 2, 1)
 
 
 def contend(path: Path, bare: bool, seconds: float, name: str, barrier: Any, answers: Any) -> None:
     """Allocate and release in turns: once if ``seconds`` is 0, else for that long."""
-    manager = GPUResourceManagerV01(path)
-    if bare:
-        manager._store.__class__ = BareFlockStore
-    manager.allocate_resources(name, 2, 1)  # what a process does once only, such as imports, is a matter of (a)
-    manager.release_resources(name)
+    change: Callable[[str, bool], None]
+    change = partial(change_by_floor, str(path)) if bare else partial(change_by_manager, GPUResourceManagerV01(path))
+    for is_held in (False, True):  # what a process does once only, such as imports, is a matter of (a)
+        change(name, is_held)
     barrier.wait()
     waits: list[float] = []
     before = resource.getrusage(resource.RUSAGE_SELF)
     started_s = now_s = time.monotonic()
     while not waits or now_s - started_s < seconds:
-        if len(waits) % 2:
-            manager.release_resources(name)
-        else:
-            manager.allocate_resources(name, 2, 1)
+        change(name, len(waits) % 2 == 1)
         waits.append(time.monotonic() - now_s)
         now_s += waits[-1]
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -335,10 +346,10 @@ def growth(costs: list[float]) -> float:
 
 def crowded(path: Path, tasks: int) -> Path:
     """Write a pool of two servers, the first of which runs this many tasks."""
-    first, second = new_state(2, 1024, 65536)["servers"]
+    state = new_state(2, 1024, 65536)
     for number in range(tasks):
-        first = place(first, f"job-{number}", 1, 1, timestamp())
-    path.write_bytes(encode_state({**new_state(), "servers": [first, second]}))
+        place(state["servers"][0], f"job-{number}", 1, 1, timestamp())
+    path.write_bytes(encode_state(state))
     return path
 
 
@@ -359,21 +370,14 @@ def scaling(directory: Path, rounds: int) -> Iterator[Row]:
         whole_change = whole_change or medians[-1]
     data = (directory / "servers-1000.json").read_bytes()
     never_free = Leases(str(directory / "none")).is_ended
-    request: Request = {
-        "task_id": "bench",
-        "required_gpus": 2,
-        "required_cpus": 1,
-        "prefer_server_id": None,
-        "only_server_name": None,
-        "passed_over": 0,
-    }
+    request = new_request("bench", 2, 1)
     costs = []
     for _ in range(rounds):
         state = decode_state(data)
 
         def decide(state: State = state) -> None:
             reclaim(state, never_free)
-            ask(state, request, False, False)
+            ask_once(state, request)
 
         costs.append(timed(decide))
     yield Row("scaling", "decisions, 1000 servers", "the whole change", "ms", *spread(costs), whole_change)
@@ -383,10 +387,10 @@ def scaling(directory: Path, rounds: int) -> Iterator[Row]:
 
 
 def replays(trace: Path, rounds: int) -> Iterator[Row]:
-    from replay import read_trace, replay
+    from replay import Policy, read_trace, replay
 
     jobs = read_trace(trace)
-    costs = [timed(lambda: replay(jobs)) for _ in range(min(rounds, 5))]
+    costs = [timed(lambda: replay(jobs, Policy("as it is"))) for _ in range(min(rounds, 5))]
     yield Row("replay", f"{len(jobs)} jobs (more by replay.py)", "1 second", "ms", *spread(costs), 1000.0)
 
 

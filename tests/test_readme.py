@@ -40,7 +40,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in PROJECT.iterdir():
         if path.suffix in (".py", ".txt", ".toml", ".md"):
             shutil.copy(path, copy)
-    shutil.copytree(PROJECT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for directory in ("tests", "gpu_resource_extensions"):
+        shutil.copytree(PROJECT / directory, copy / directory, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "train_resnet50.py").write_text("import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '0,1,2,3'\n")
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -151,3 +152,15 @@ def test_uv_would_install_what_the_requirements_name() -> None:
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_runs_the_cli_with_nothing_installed(checkout: Path) -> None:
     assert "合計:\n" in bash("uv run cli_v01.py --status", checkout)
+
+
+def test_commands_that_are_only_shown_name_what_there_is(tmp_path: Path) -> None:
+    """The blocks in ``sh`` take long or need a file of the reader's, so they are not run as they stand."""
+    lines = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
+    assert len(lines) >= 5
+    for line in lines:
+        interpreter, *words = shlex.split(line, comments=True)
+        assert interpreter == ".venv/bin/python"
+        words = [sys.executable, *words] + (["--collect-only", "-q"] if "pytest" in words else ["--help"])
+        shown = subprocess.run(words, cwd=PROJECT, capture_output=True, encoding="utf-8", check=False)
+        assert shown.returncode == 0, f"{line}\n{shown.stdout}\n{shown.stderr}"
