@@ -1266,7 +1266,8 @@ class JsonFileStore(Store):
     def _real_path(self) -> str:
         """Return where the document lies, for two links to it share one lock; a dangling link is taken as it is."""
         try:
-            return os.path.realpath(self.path, strict=True)
+            is_link = stat.S_ISLNK(os.lstat(self.path).st_mode)
+            return os.path.realpath(self.path, strict=True) if is_link else self.path
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
