@@ -1264,14 +1264,18 @@ class JsonFileStore(Store):
             return found.st_ino, found.st_mtime_ns
 
     def _real_path(self) -> str:
-        """Return where the document lies, for two links to it share one lock; a dangling link is taken as it is."""
+        """Return where the document really lies, for a link stays a link, and two links share one lock.
+
+        No link is left in it, for one that is moved during a change would lead to a pool that we have not locked.
+        A link to the document that leads nowhere is itself what stands in the place.
+        """
         try:
-            is_link = stat.S_ISLNK(os.lstat(self.path).st_mode)
-            return os.path.realpath(self.path, strict=True) if is_link else self.path
+            return os.path.realpath(self.path, strict=True)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
-            return self.path
+            parent, name = os.path.split(self.path)
+            return os.path.join(os.path.realpath(parent), name)
 
     def _read(self, path: str) -> tuple[State, bytes]:
         try:
@@ -1512,9 +1516,13 @@ class GPUResourceManagerV01:
     def get_resource_summary(self) -> dict[str, Any]:
         """Return counts for the pool and each server, without waiting for a lock.
 
-        They are named as in :func:`summarize`: ``gpu_utilization`` is a text such as "50.0%", ``total_waiting`` is
-        there if anybody waits. What a task holds whose processes are gone counts as free, for the next change
-        takes it back; such tasks and requests are in ``ended_tasks``, if there are any.
+        ``total_servers``, ``total_gpus``, ``total_available_gpus``, ``total_cpus``, ``total_available_cpus``,
+        ``total_running_tasks``; ``total_waiting`` if anybody waits; and ``servers``, for each of which
+        ``server_id``, ``server_name``, ``total_gpus``, ``available_gpus`` (a count), ``gpu_utilization`` (a
+        text such as "50.0%"), the same three of CPUs, and ``running_tasks`` (a count).
+
+        What a task holds whose processes are gone counts as free, for the next change takes it back; such
+        tasks and requests are in ``ended_tasks``, if there are any.
         """
         state = self._store.read()
         with failures_reported(self.resource_file):
@@ -1535,7 +1543,8 @@ class GPUResourceManagerV01:
     ) -> bool:
         """Forget every task and every waiting request, and return ``True``.
 
-        A state file that cannot be used is set aside as ``resource_status.json.corrupt-TIME`` and made anew.
+        Unknown keys stay. A state file that cannot be used is set aside as ``resource_status.json.corrupt-TIME``
+        and made anew.
 
         :param servers: as for construction, and so ``min_gpus``; by default what there is stays.
         :param force: even if tasks run.

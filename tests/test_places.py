@@ -18,8 +18,13 @@ from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     InvalidRequestError,
     LockTimeoutError,
+    State,
     StateFileError,
     UnusableStateFileError,
+    new_state,
+    open_store,
+    place,
+    timestamp,
 )
 
 # --- What may stand in the place of the state file ------------------------------------------------
@@ -209,3 +214,25 @@ def test_class_attributes_of_a_subclass_count(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InvalidRequestError):
         manager.allocate_resources("task", 5, 1)
     assert sorted(os.listdir(tmp_path)) == [".small.lock", "small.json"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_change_through_a_link_to_a_directory_stays_in_the_pool_that_it_has_locked(
+    tmp_path: Path, exists: bool
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        if exists or name == "b":
+            GPUResourceManagerV01(tmp_path / name / "pool.json").allocate_resources(f"job-{name}", 2, 1)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    store = open_store(str(tmp_path / "link" / "pool.json"), 1)
+
+    def change(state: State) -> None:
+        """Somebody points the link at another pool in the middle of the change."""
+        (tmp_path / "new").symlink_to(tmp_path / "b")
+        (tmp_path / "new").rename(tmp_path / "link")
+        place(state["servers"][1], "late", 2, 1, timestamp())
+
+    store.update(change, new_state())
+    assert running(tmp_path / "a" / "pool.json") == ["job-a"] * exists + ["late"]
+    assert running(tmp_path / "b" / "pool.json") == ["job-b"], "whose lock nobody held"
