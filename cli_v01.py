@@ -69,8 +69,8 @@ def render_status(summary: Mapping[str, Any]) -> str:
         ]
         for server in summary["servers"]
     ]
-    align = ["left"] + ["center"] * 5
     # A name such as "1e5" is a name: no cell is to be read as a number.
+    align = ["left"] + ["center"] * 5
     table = tabulate(rows, headers, tablefmt="simple_outline", colalign=align, disable_numparse=True)
     return f"{'=' * 33} GPU リソース状態 {'=' * 33}\n{table}\n\n{render_totals(summary)}"
 
@@ -243,8 +243,8 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
     notes = logging.Handler(logging.WARNING)  # such as that a damaged file was set aside
     notes.emit = lambda record: show_error(f"注意: {record.getMessage()}")  # type: ignore[method-assign]
     logging.getLogger("gpu_resource_manager_v01").addHandler(notes)
-    described = args.servers is not None or args.min_gpus is not None
-    manager.reset_resources(args.servers, args.min_gpus, force=args.yes or not described)
+    force = args.yes or (args.servers is None and args.min_gpus is None)
+    manager.reset_resources(args.servers, args.min_gpus, force=force)
     return (EXIT_OK, {"resource_file": manager.resource_file}, lambda _: "✓ システムリセット完了")
 
 
@@ -253,8 +253,7 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
 
 class Parser(argparse.ArgumentParser):
     def _get_formatter(self) -> argparse.HelpFormatter:
-        # Asked for at every argument; without a width it would import ``shutil`` to look at the terminal.
-        return argparse.HelpFormatter(self.prog, width=80)
+        return argparse.HelpFormatter(self.prog, width=80)  # without a width, it imports ``shutil`` to find one
 
     def error(self, message: str) -> NoReturn:
         remedy = "python cli_v01.py --help で使い方を確認してください"
@@ -422,8 +421,7 @@ class Output:
         if self.json:
             return code, self._json(ok=False, error={"code": refusal.name, "message": str(refusal), **refusal.facts})
         show_error(f"✗ {refusal}")
-        # Hides every GPU, and then fails: no job is to start on all GPUs since none was granted. -1 rather
-        # than nothing, since programs take an empty value for one that is not set.
+        # Hides every GPU, then fails, so that no job starts on all of them; -1, for an empty value counts as unset.
         return code, f"export CUDA_VISIBLE_DEVICES=-1\n(exit {code})" if self.export else ""
 
 
@@ -489,6 +487,8 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
             raise Refusal(*(codes or [(EXIT_IO, "state_file")])[0], str(error), facts=vars(error)) from error
     except ImportError as error:
         remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
+        if "gpu_resource_extensions" in str(error):
+            remedy = "gpu_resource_extensions を cli_v01.py と同じディレクトリに置いてください"
         raise Refusal(EXIT_USAGE, "missing_package", f"必要なパッケージを読み込めません: {error}", remedy) from error
 
 

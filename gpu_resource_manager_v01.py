@@ -65,7 +65,7 @@ DEFAULT_LOCK_TIMEOUT_S = 60.0
 LOCK_POLL_S = 0.001  # between two attempts to take a lock where we cannot stand in the kernel's queue
 WAIT_POLL_S = 0.25  # between two looks of a waiter at the state file
 WAIT_RECHECK_S = 3.0  # after which it looks for processes that have died, which changes no file
-LEASE_DIRECTORY = ".leases"  # beside the state file
+LOCK_FILE, LEASE_DIRECTORY = ".resource.lock", ".leases"  # beside the state file
 
 # What could move the cursor, end the line or reverse the text of a screen, and surrogates.
 _UNSAFE_TEXT = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -110,10 +110,10 @@ class InvalidRequestError(ResourceManagerError, ValueError):
 class DuplicateTaskError(InvalidRequestError):
     """Asking: a task with this identifier already runs or waits; nothing was touched."""
 
-    template = "タスクID {value!r} は既に実行中または待機中です\n  対処: 別のタスクIDを使うか、先に解放してください"
+    template = "タスクID {value!r} {problem}\n  対処: {remedy}"
 
     def __init__(self, task_id: str) -> None:
-        super().__init__("task_id", task_id, "", "")
+        super().__init__("task_id", task_id, *_TASK_ID_TAKEN)
 
 
 class NotOwnerError(ResourceManagerError):
@@ -232,6 +232,7 @@ _NO_PATH = "がファイルのパスではありません", "パスを文字列�
 _NO_SECONDS = "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください"
 _OUT_OF_RANGE = "が正しくありません", "{least}-{most} の整数を指定してください"
 _NO_NAME = "{why}", f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
+_TASK_ID_TAKEN = "は既に実行中または待機中です", "別のタスクIDを使うか、先に解放してください"
 _NO_SERVERS = "が空か、同じ名前が重複しています", "異なる名前を指定してください"
 _UNKNOWN_SERVER = "のサーバーはありません", "{known} のいずれかを指定してください"
 _TOO_MUCH_AT_ONCE = (
@@ -764,7 +765,6 @@ def limits(state: State) -> tuple[int, int, int]:
 
 def check_request(state: State, request: Request) -> None:
     """:raises InvalidRequestError: this pool could not grant ``request`` even if it were idle."""
-    check_name("task_id", request["task_id"])
     prefer, known = request["prefer_server_id"], [server["server_id"] for server in state["servers"]]
     if prefer is not None and (type(prefer) is not int or prefer not in known):
         raise InvalidRequestError("prefer_server_id", prefer, *_UNKNOWN_SERVER, known=", ".join(map(str, known)))
@@ -1205,7 +1205,7 @@ class Store(Protocol):
         """Return what is another one after every change; much cheaper than to read."""
 
 
-def open_store(place: str, lock_timeout_s: float, lock_name: str = ".resource.lock") -> Store:
+def open_store(place: str, lock_timeout_s: float, lock_name: str = LOCK_FILE) -> Store:
     """Return the store of the pool at ``place``, a path; ``lock_name`` is for those that have a lock file."""
     return JsonFileStore(place, lock_timeout_s, lock_name)
 
@@ -1375,7 +1375,7 @@ class GPUResourceManagerV01:
     """
 
     RESOURCE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "resource_status.json")
-    LOCK_FILE = ".resource.lock"  # in the directory of the state file
+    LOCK_FILE = LOCK_FILE  # in the directory of the state file
     TOTAL_SERVERS, GPUS_PER_SERVER, CPUS_PER_SERVER = 4, 8, 64  # of a pool that nobody has described
 
     def __init__(
@@ -1587,12 +1587,17 @@ class GPUResourceManagerV01:
     def _request(
         self, task_id: str, gpus: int, cpus: int, prefer: int | None, local: bool, command: str | None = None
     ) -> Request:
+        """Return a request of this process; what can never be granted is refused here, ahead of lock and lease."""
+        check_name("task_id", task_id)
+        check_int("required_gpus", gpus, 1, MAX_GPUS_PER_SERVER)
+        check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
         request = new_request(task_id, gpus, cpus, prefer, **this_requester(command))
         if local:
-            state = self._store.read()
-            server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE))
+            server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE))
             request["only_server_name"], request["local"] = server["server_name"], True
-            check_request(state, request)  # no lease for what can never be granted
+        is_usual = MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER and cpus <= self.CPUS_PER_SERVER
+        if not is_usual or local or prefer is not None:  # else not worth another look at the pool
+            check_request(self._store.read(), request)
         return request
 
     @contextmanager

@@ -779,3 +779,30 @@ def test_missing_package_is_named_with_the_way_to_install_it(
     assert package in result.err.splitlines()[0]
     assert "pip install -r requirements_v01.txt" in result.err
     assert busy.read_bytes() == before
+
+
+def test_two_files_are_enough_to_allocate_and_what_else_is_needed_is_named(tmp_path: Path) -> None:
+    for module in ("cli_v01.py", "gpu_resource_manager_v01.py"):
+        shutil.copy(PROJECT / module, tmp_path)
+    alone = str(tmp_path / "cli_v01.py")
+    asked: list[tuple[str, ...]] = [
+        ALLOCATE,
+        ("--status",),
+        ("--detail",),
+        ("--release", "task"),
+        (*ALLOCATE, "--wait"),
+    ]
+    for words in asked:
+        assert finish(start(alone, *words)).code == 0
+    refused: list[tuple[tuple[str, ...], int]] = [(("--run", "j", "2", "1", "--", "true"), 125)]
+    for words, code in [*refused, (("--init", "--detect"), 2)]:
+        result = finish(start(alone, *words))
+        assert_refused(result, code)
+        assert "gpu_resource_extensions" in result.err.splitlines()[1], "the remedy names what to copy"
+        assert "pip install" not in result.err
+
+
+def test_refused_duplicate_tells_programs_what_is_wrong(busy: Path) -> None:
+    error = json.loads(cli("--allocate", "running", "2", "1", "--json").out)["error"]
+    assert (error["code"], error["parameter"], error["value"]) == ("duplicate_task", "task_id", "running")
+    assert error["problem"] and error["remedy"]

@@ -79,6 +79,27 @@ def test_timeout_of_no_time_at_all_starts_no_thread(pool: Path) -> None:
     assert caught.value.lock_file == str(pool.parent / ".resource.lock")
 
 
+@pytest.mark.parametrize(
+    ("parameter", "request_"),
+    [
+        ("task_id", ("-x", 2, 1)),
+        ("required_gpus", ("task", 9, 1)),
+        ("required_gpus", ("task", True, 1)),
+        ("required_cpus", ("task", 2, 65)),
+        ("required_cpus", ("task", 2, "1")),
+        ("prefer_server_id", ("task", 2, 1, 4)),
+        ("prefer_server_id", ("task", 2, 1, True)),
+    ],
+)
+def test_what_can_never_be_granted_is_refused_without_waiting_for_the_lock(
+    pool: Path, parameter: str, request_: tuple[Any, ...]
+) -> None:
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=0)
+    with directory_locked(pool), pytest.raises(InvalidRequestError) as caught:
+        manager.allocate_resources(*request_)
+    assert caught.value.parameter == parameter
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory the root of all")
 def test_pool_in_the_root_directory_waits_for_its_lock_like_any_other(pool: Path, children: Children) -> None:
     GPUResourceManagerV01(pool).allocate_resources("task", 2, 1)  # imports what a lock needs
