@@ -427,7 +427,7 @@ def encode_state(state: State, before: State | None = None) -> bytes:
     :raises ValueError: it is unsound, or a value of an unknown key has no JSON form.
     """
     check_state(state, before)
-    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
     servers = "[\n    " + ",\n    ".join(map(encode, state["servers"])) + "\n  ]"
     lines = [f"  {encode(key)}: {servers if key == 'servers' else encode(value)}" for key, value in state.items()]
     # A lone surrogate in an unknown key can only stand inside a JSON string, where the escape that
