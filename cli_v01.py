@@ -108,6 +108,8 @@ def render_detail(state: Mapping[str, Any]) -> str:
             if "user" in task:
                 who = f"      要求元: {task['user']}@{task.get('host')} (PID {task.get('pid')})"
                 lines.append(who.replace("\n", "?"))
+            for process in task.get("processes", ()):
+                lines.append(f"      プロセス: {process['pid']} ({process['user']}) {process['command']}".rstrip())
         lines.append("")
     for position, request in enumerate(state.get("waiting", []), start=1):
         who = str(request.get("user")).replace("\n", "?")
@@ -123,7 +125,7 @@ def render_allocation(allocation: Mapping[str, Any]) -> str:
     return (
         f"✓ リソース割り当て成功:\n{server}{cpus}\n"
         f"✓ リソース割り当て成功！\n{server}  GPUデバイス文字列: {devices}\n{cpus}\n"
-        f"使用ヒント:\n  export CUDA_VISIBLE_DEVICES={devices}\n\n"
+        f"使用ヒント:\n  export CUDA_VISIBLE_DEVICES={devices}\n  export CUDA_DEVICE_ORDER=PCI_BUS_ID\n\n"
         f"リソース解放:\n  python cli_v01.py --release {quote(allocation['task_id'])}"
     )
 
@@ -180,6 +182,7 @@ def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     from gpu_resource_manager_v01 import NoCapacityError
 
+    show_warnings()
     task_id, gpus, cpus = args.allocate
     # Shown before the wait for the lock, not after it.
     args.output.progress(f"リソース割り当てを試行中:\n  タスクID: {task_id}\n  GPU数: {gpus}\n  CPU数: {cpus}\n")
@@ -194,21 +197,33 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
         raise Refusal(code, "no_capacity", problem, remedy, vars(error)) from error
     finally:
         line.end()
-    return (EXIT_OK, {**allocation}, render_allocation)
+    # The order is that of NVML, by which the pool counts; CUDA's own puts the fastest card first.
+    return (EXIT_OK, {**allocation, "cuda_device_order": "PCI_BUS_ID"}, render_allocation)
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_extensions.run_job import job_environment, run_job
-    from gpu_resource_manager_v01 import ResourceManagerError
+    from gpu_resource_extensions.leases import descendants
+    from gpu_resource_extensions.run_job import Job, job_environment
+    from gpu_resource_manager_v01 import ResourceManagerError, named_processes
 
+    show_warnings()
     task_id, gpus, cpus = args.run
     line = WaitingLine(once=True)
     code, command = None, " ".join(map(quote, args.job))
+
+    def say_who_is_left(pid: int) -> None:
+        who = named_processes([process._asdict() for process in descendants(pid)])
+        stop = f"終わるまで GPU は返りません (--stop {quote(task_id)} で終了できます)"
+        show_error(f"注意: タスク {task_id} のプロセスがまだ動いています: {who}。{stop}")
+
+    job = Job(args.job, say_who_is_left)
     try:
-        with manager.allocation(task_id, gpus, cpus, wait_s=args.wait or 0, on_wait=line, command=command) as granted:
+        with manager.allocation(
+            task_id, gpus, cpus, wait_s=args.wait or 0, on_wait=line, command=command, keeper=job.kept
+        ) as granted:
             line.end(f"✓ {granted['server_name']} の GPU {granted['gpu_devices']} で実行します: {task_id}")
             try:
-                code = run_job(args.job, {**os.environ, **job_environment(granted)})
+                code = job.run({**os.environ, **job_environment(granted)})
             except OSError as error:
                 show_error(f"✗ コマンドを実行できません: {args.job[0]}: {error.strerror}")
                 code = EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
@@ -221,17 +236,38 @@ def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
 
 
 def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    show_warnings()
     task_id = args.release
     args.output.progress(f"リソース解放を試行中: {task_id}")
     if not manager.release_resources(task_id, force=args.force):
-        remedy = "--detail で実行中のタスクIDを確認してください"
-        raise Refusal(EXIT_NO, "unknown_task", f"タスクが見つかりません: {task_id}", remedy, {"task_id": task_id})
+        raise unknown_task(task_id)
     return (EXIT_OK, {"task_id": task_id}, "✓ リソース解放完了: {task_id}\n✓ リソース解放成功！".format_map)
 
 
-def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+def cmd_stop(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    task_id, grace_s = args.stop, 10.0 if args.grace is None else args.grace
+    show_warnings()
+    args.output.progress(f"タスクのプロセスを終了中: {task_id}")
+    if not manager.stop_task(task_id, grace_s, force=args.force):
+        raise unknown_task(task_id)
+    return (EXIT_OK, {"task_id": task_id}, "✓ プロセスは終了し、GPU は空きました: {task_id}".format_map)
+
+
+def unknown_task(task_id: str) -> Refusal:
+    remedy = "--detail で実行中のタスクIDを確認してください"
+    return Refusal(EXIT_NO, "unknown_task", f"タスクが見つかりません: {task_id}", remedy, {"task_id": task_id})
+
+
+def show_warnings() -> None:
+    """Show what the library warns of, such as that a task still runs; who changes the pool loads ``logging`` anyway."""
     import logging
 
+    notes = logging.Handler(logging.WARNING)
+    notes.emit = lambda record: show_error(f"注意: {record.getMessage()}")  # type: ignore[method-assign]
+    logging.getLogger("gpu_resource_manager_v01").addHandler(notes)
+
+
+def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     if not args.yes:
         if sys.stdin is None or not sys.stdin.isatty():
             problem, remedy = "確認するための端末がないため、リセットしません", "--reset --yes を指定してください"
@@ -240,10 +276,9 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
         show_error("警告：すべての実行中タスクの記録がクリアされます！\n続行しますか？ [y/N]:")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refusal(EXIT_NO, "not_confirmed", "リセットを中止しました", "消してよければ y と答えてください")
-    notes = logging.Handler(logging.WARNING)  # such as that a damaged file was set aside
-    notes.emit = lambda record: show_error(f"注意: {record.getMessage()}")  # type: ignore[method-assign]
-    logging.getLogger("gpu_resource_manager_v01").addHandler(notes)
-    force = args.yes or (args.servers is None and args.min_gpus is None)
+    show_warnings()
+    # Without a word to the contrary, another description is refused while there are tasks.
+    force = True if args.force else None if args.yes or (args.servers is None and args.min_gpus is None) else False
     manager.reset_resources(args.servers, args.min_gpus, force=force)
     return (EXIT_OK, {"resource_file": manager.resource_file}, lambda _: "✓ システムリセット完了")
 
@@ -299,6 +334,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --run TASK_ID GPUS CPUS -- コマンド …
                                    コマンドをこの計算機の GPU で実行し、終わったら解放する
   --release TASK_ID                タスクのリソースを解放する
+  --stop TASK_ID                   タスクのプロセスを終了させて解放する
   --reset                          すべてのタスクの記録を消す (確認あり)
   --version                        バージョンを表示する
   -h, --help                       この使い方を表示する
@@ -307,7 +343,9 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --prefer-server ID               --allocate で優先するサーバー ID
   --wait [SECONDS]                 --allocate と --run で、空くまで順番を待つ (秒数を省くと無期限)
   --export                         --allocate の結果を eval "$(…)" のための行で出力する
-  --force                          --release で他の利用者のタスクも解放する
+  --force                          --release、--stop で他の利用者のタスクも対象にする。
+                                   --release、--reset で動いているタスクの記録も消す
+  --grace SECONDS                  --stop で強制終了するまでの秒数 (指定しなければ 10)
   --server NAME:GPUS:CPUS          --init と --reset で実際のサーバーを登録する (繰り返し可)
   --detect                         --init と --reset でこの計算機を調べて登録する
   --min-gpus N                     --init と --reset で 1 タスクの最小 GPU 数を決める
@@ -327,7 +365,8 @@ def build_parser() -> Parser:
         commands.add_argument(option_of(command), dest="command", action="store_const", const=command)
     for command in (cmd_allocate, cmd_run):
         commands.add_argument(option_of(command), nargs=3, action="append", metavar=("TASK_ID", "GPUS", "CPUS"))
-    commands.add_argument("--release", action="append", metavar="TASK_ID")
+    for command in (cmd_release, cmd_stop):
+        commands.add_argument(option_of(command), action="append", metavar="TASK_ID")
     commands.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -345,7 +384,8 @@ OPTIONS: dict[str, tuple[list[Callable[..., Answer]], dict[str, Any]]] = {
     "--prefer-server": ([cmd_allocate], {"type": integer, "metavar": "ID"}),
     "--wait": ([cmd_allocate, cmd_run], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
     "--export": ([cmd_allocate], {}),
-    "--force": ([cmd_release], {}),
+    "--force": ([cmd_release, cmd_stop, cmd_reset], {}),
+    "--grace": ([cmd_stop], {"type": seconds, "metavar": "SECONDS"}),
     "--server": ([cmd_init, cmd_reset], {"action": "append", "type": server_description, "dest": "servers"}),
     "--detect": ([cmd_init, cmd_reset], {}),
     "--min-gpus": ([cmd_init, cmd_reset], {"type": integer, "metavar": "N"}),
@@ -363,7 +403,7 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
     if args.help and not args.export:
         args.command = None
         return args
-    for command in (cmd_allocate, cmd_run, cmd_release):
+    for command in (cmd_allocate, cmd_run, cmd_release, cmd_stop):
         name = option_of(command).removeprefix("--")
         values = getattr(args, name) or []
         if len(values) > 1:  # argparse would forget all but the last
@@ -371,7 +411,9 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
         for value in values:
             args.command = command
             try:
-                setattr(args, name, value if command is cmd_release else (value[0], *map(integer, value[1:])))
+                setattr(
+                    args, name, value if command in (cmd_release, cmd_stop) else (value[0], *map(integer, value[1:]))
+                )
             except argparse.ArgumentTypeError as error:
                 parser.error(f"argument --{name}: {error}")
     if (args.command is cmd_run) != bool(job):
@@ -398,7 +440,10 @@ class Output:
     def _json(self, **content: object) -> str:
         import json
 
-        return json.dumps({"schema": SCHEMA, **content}, ensure_ascii=False, allow_nan=False, default=str)
+        document = {"schema": SCHEMA, **content}
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, default=str)
+        # Exact in every locale: what it lacks, or what no screen is to show as it is, is escaped.
+        return text if can_show(text) else json.dumps(document, allow_nan=False, default=str)
 
     def progress(self, text: str) -> None:
         """Tell people what a command is about to do."""
@@ -408,8 +453,8 @@ class Output:
     def done(self, answer: Answer) -> tuple[int, str]:
         """Return the exit code and what goes to stdout."""
         code, result, render = answer
-        if self.json:
-            return code, self._json(ok=True, result=result)
+        if self.json:  # on a line of its own, whatever a job has written ahead of it
+            return code, "\n" * ("exit_code" in result) + self._json(ok=True, result=result)
         if self.export and "gpu_devices" in result:
             from gpu_resource_extensions.run_job import job_environment
 
@@ -432,6 +477,15 @@ def safe(text: str) -> str:
     from gpu_resource_manager_v01 import printable
 
     return "\n".join(map(printable, text.split("\n")))
+
+
+def can_show(text: str) -> bool:
+    """Tell whether stdout would get ``text`` exactly as it is."""
+    with_encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        return text.encode(with_encoding).decode(with_encoding) == text == safe(text)
+    except UnicodeError:
+        return False
 
 
 def show(text: str) -> None:
@@ -464,6 +518,9 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
             end_waits_on_signals()
         args = parse(build_parser(), words, job)
         args.output = output
+        if args.export and args.allocate and not can_show(args.allocate[0]):
+            remedy = "この端末の文字コードで表せるタスクIDを指定してください"
+            raise Refusal(EXIT_USAGE, "usage", f"タスクIDを正確に出力できません: {args.allocate[0]!r}", remedy)
     if help_alone or args.help or (args.command is None and not args.version):
         return output.done((EXIT_OK, {"help": HELP}, lambda _: HELP.rstrip()))
     if args.version:
@@ -498,6 +555,8 @@ CODES = {
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
     "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),
+    "TaskRunningError": (EXIT_NO, "task_running"),
+    "NotStoppableError": (EXIT_NO, "not_stoppable"),
     "PoolConflictError": (EXIT_NO, "pool_conflict"),
     "NoCapacityError": (EXIT_AGAIN, "no_capacity"),
     "LockTimeoutError": (EXIT_AGAIN, "lock_timeout"),

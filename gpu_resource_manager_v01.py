@@ -38,13 +38,15 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 if TYPE_CHECKING:
     import logging
+
+    from gpu_resource_extensions.leases import Lease, Leases
 
 T = TypeVar("T")
 OnWait = Callable[[int, str], None]  # position in line, from 1, and why there is no room yet
@@ -57,6 +59,7 @@ MIN_GPUS_PER_TASK = 2  # unless the pool was described with another least number
 MAX_GPUS_PER_SERVER = 1024
 MAX_CPUS_PER_SERVER = 65536
 MAX_TASK_ID_LENGTH = 128  # characters
+MAX_COMMAND_LENGTH = 200  # characters of a recorded command: every change reads and writes what everybody records
 MAX_PASSED_OVER = 32  # a request that later ones have passed over this often is due; see :func:`admit`
 PASSED_OVER_GROWTH = 30  # a due request gets one more server each time that count has grown so many times
 RESOURCE_FILE_VARIABLE = "GPU_RESOURCE_FILE"  # names another state file
@@ -127,6 +130,32 @@ class NotOwnerError(ResourceManagerError):
         self.task_id, self.owner = task_id, owner
 
 
+class TaskRunningError(ResourceManagerError):
+    """Asking: processes of the task still run, or may do so for all we know; nothing was touched.
+
+    ``processes``: those that we may see, each with ``pid``, ``user`` and ``command``.
+    """
+
+    template = (
+        "タスク {task_id!r} のプロセスが動いています: {who}\n"
+        "  対処: 終わるのを待つか、--stop {task_id} で終了させてください"
+        " (--release {task_id} --force は記録だけを消します。GPU は使われたまま、他のタスクに渡ります)"
+    )
+
+    def __init__(self, task_id: str, processes: Sequence[dict[str, Any]]) -> None:
+        self.task_id, self.processes, self.who = task_id, processes, named_processes(processes)
+
+
+class NotStoppableError(ResourceManagerError):
+    """Asking: the processes of the task cannot be ended from here; its GPUs are still held."""
+
+    template = "タスク {task_id!r} を終了できません。{reason}\n  対処: {remedy}"
+
+    def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:
+        self.task_id = task_id
+        self.reason, self.remedy = reason.format(**facts), remedy.format(task_id=task_id, **facts)
+
+
 class PoolConflictError(ResourceManagerError):
     """Asking: the pool has other servers than described, or runs tasks (``task_ids``); nothing was touched."""
 
@@ -135,11 +164,13 @@ class PoolConflictError(ResourceManagerError):
         "  対処: 変えるなら、--init の代わりに --reset で同じ構成を指定してください"
     )
 
-    def __init__(self, resource_file: str, task_ids: Sequence[str] = ()) -> None:
-        self.resource_file, self.task_ids = resource_file, task_ids
+    def __init__(self, resource_file: str, task_ids: Sequence[str] = (), living: bool = False) -> None:
+        self.resource_file, self.task_ids, self.living = resource_file, task_ids, living
 
     def __str__(self) -> str:
         remedy = "終わるのを待つか、記録を消してよければ --reset --yes を指定してください"
+        if self.living:
+            remedy = "--stop TASK_ID で終了させるか、記録を消してよければ --reset --yes --force を指定してください"
         tasks_run = f"実行中のタスクがあります: {', '.join(self.task_ids)}\n  対処: {remedy}"
         return tasks_run if self.task_ids else super().__str__()
 
@@ -155,6 +186,7 @@ class Shortfall:
         self.scattered: tuple[int, int] | None = None  # GPUs and CPUs free on eligible servers, if enough on one
         self.fewest_releases: list[str] = []  # the fewest tasks whose release would make room
         self.waiting = 0  # requests that arrived earlier
+        self.own_task: str | None = None  # the task that we run in, if there can be no room before it has ended
 
 
 class NoCapacityError(ResourceManagerError, Shortfall):
@@ -166,7 +198,8 @@ class NoCapacityError(ResourceManagerError, Shortfall):
         self.__dict__.update(vars(shortfall))
 
     def __str__(self) -> str:
-        lines = [super().__str__()]
+        own = f"タスク {self.own_task} の中で動いているため、{self.own_task} が終わるまで空きません: "
+        lines = [(own if self.own_task else "") + super().__str__()]
         for server in self.servers:
             lacks = "・".join(f"{what} {count} 個" for what, count in server["short"].items() if count)
             why = f"{lacks}不足" if lacks else "先に待っている要求のために確保中"
@@ -250,8 +283,20 @@ _TWO_SERVERS = (
     "は使えません。この計算機は既にサーバー {name} として使われています",
     f"{SERVER_VARIABLE} に {{name}} を指定してください",
 )
+# For NotStoppableError: the reason, and what to do.
+_NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {task_id} で返してください"
+_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で実行してください: python cli_v01.py --stop {task_id}"
+_OWN_TREE = "このコマンド自身がその中で動いています", "別の端末で --stop {task_id} を実行してください"
+_STILL_THERE = (
+    "終了しないプロセスがあります: {who}",
+    "その利用者か管理者として --stop {task_id} を実行してください (誰が持つかは --detail で分かります)",
+)
 # For StateFileError.
 _RESET = "内容を直すか、python cli_v01.py --reset --yes で作り直してください (元のファイルは保存されます)"
+_IS_DIRECTORY = (
+    "ディレクトリです",
+    f"{RESOURCE_FILE_VARIABLE} には、ディレクトリではなく状態ファイルのパスを指定してください",
+)
 _NO_REGULAR_FILE, _MOVED = "通常のファイルではありません", "待っている間に移動されました"
 _UNWRITABLE = "書き込めない内容です ({})", "ファイルは変更していません。内容を確認してください"
 _UNCONFIRMED = (
@@ -262,7 +307,9 @@ _REMEDIES = {
     (errno.ENOSPC,): "ディスクの空き容量を増やしてから再実行してください",
     (errno.EDQUOT,): "ディスクの割り当て (quota) を確認してから再実行してください",
     (errno.EFBIG,): "ファイルサイズの制限 (ulimit -f) を確認してから再実行してください",
-    (errno.EMFILE,): "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください",
+    (errno.EBUSY,): "状態ファイルだけをマウントせず、それを含むディレクトリをマウントしてください",
+    (errno.EAGAIN,): "プロセス数の制限 (ulimit -u) を確認してから再実行してください",
+    (errno.EMFILE, errno.ENFILE): "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください",
     (errno.EACCES, errno.EPERM, errno.EROFS): "ディレクトリとファイルの権限を確認してください",
     (errno.ENOENT, errno.ENOTDIR): "状態ファイルのディレクトリが存在するか確認してください",
     # EBADF: an exclusive lock was refused on what is open for reading only.
@@ -309,9 +356,13 @@ class Requester(TypedDict, total=False):
     host: str  # name of the machine that it was asked on
     pid: int
     command: str
+    inside: str  # the task that it was asked in
     local: bool  # it was told to use the GPUs of ``host`` itself
-    lease: str  # name of a file under ``.leases/``: the task ends when no process on ``host`` holds its lock
-    ended: bool  # only in what :meth:`GPUResourceManagerV01.get_detailed_status` returns: the lease is free
+    boot: str  # of the kernel that it was asked under: there alone can its lease be judged
+    lease: str  # name of a file under ``.leases/``: the task ends when no process holds its lock
+    # Only in what :meth:`GPUResourceManagerV01.get_detailed_status` returns:
+    ended: bool  # the lease is free
+    processes: list[dict[str, Any]]  # who holds it, as far as we may see: ``pid``, ``user``, ``command``
 
 
 class Task(Requester):
@@ -323,7 +374,21 @@ class Task(Requester):
     start_time: str  # local, ISO 8601 to the second
 
 
-class Server(TypedDict):
+class Claim(TypedDict):
+    """What the lease of a job says that was granted to it."""
+
+    task: Task  # as it was then
+    server_name: str
+    total_gpus: int
+    total_cpus: int
+    keeper: int  # pid of the process that holds the lease until the end
+
+
+class _Known(TypedDict, total=False):
+    boot: str  # of the machine that it was when its last local job was placed
+
+
+class Server(_Known):
     """One server with what is free on it and the tasks that hold the rest."""
 
     server_id: int
@@ -488,7 +553,8 @@ def _kinds(record: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
     for key, hint in get_type_hints(record).items():
         if key not in Requester.__annotations__:
             may_be_none = type(None) in get_args(hint)
-            types = get_args(hint) if may_be_none else (get_origin(hint) or hint,)
+            kind = dict if is_typeddict(hint) else get_origin(hint) or hint
+            types = get_args(hint) if may_be_none else (kind,)
             kinds[key] = types, key in record.__required_keys__ and not may_be_none
     return kinds
 
@@ -538,6 +604,15 @@ def _check_new(record: Any, key: str, seen: set[object]) -> None:
     if record[key] in seen:  # numbers of servers and names of tasks: never equal
         raise ValueError(f"{key} {record[key]!r} が重複しています")
     seen.add(record[key])
+
+
+def is_claim(document: Any) -> bool:
+    """Tell whether a decoded lease is a :class:`Claim`."""
+    with suppress(ValueError):
+        _check_record(document, Claim)
+        _check_record(document["task"], Task)
+        return True
+    return False
 
 
 def task_id_problem(value: object) -> str | None:
@@ -639,6 +714,76 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     return ended
 
 
+def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
+    """Let each living job hold what its lease says, whatever became of the document.
+
+    A document that was edited, restored from an old copy or made anew gets its task back, and its server. What
+    another task holds meanwhile stays there until that ends; the living job is granted the rest.
+
+    :returns: of each task that lacks some of its GPUs their indices.
+    """
+    lost, lacking = [], {}
+    for claim in claims:
+        task, held = claim["task"], False
+        for server, found in placed_tasks(state):
+            is_same = found.get("lease") == task["lease"] or (
+                "lease" not in found and all(found[key] == task[key] for key in ("task_id", "start_time"))
+            )
+            if is_same and (server["server_name"], found["allocated_gpus"], found.get("lease")) == (
+                claim["server_name"],
+                task["allocated_gpus"],
+                task["lease"],
+            ):
+                held = True
+            elif is_same:
+                remove_task(server, found)
+        if not held:
+            lost.append(claim)
+    for claim in lost:
+        task = claim["task"]
+        set_waiting(state, [request for request in state.get("waiting", ()) if request["lease"] != task["lease"]])
+        server = next((one for one in state["servers"] if one["server_name"] == claim["server_name"]), None) or (
+            _add_server(state, (claim["server_name"], claim["total_gpus"], claim["total_cpus"]))
+        )
+        task_id = task["task_id"]
+        if any(record["task_id"] == task_id for record in records(state)):  # somebody else's by now
+            task_id = f"{task_id[: MAX_TASK_ID_LENGTH - 9]}+{task['lease'][:8]}"
+        gpus = [gpu for gpu in task["allocated_gpus"] if gpu in server["available_gpus"]]
+        cpus = min(task["allocated_cpus"], server["available_cpus"])
+        hold(server, {**task, "task_id": task_id, "allocated_gpus": gpus, "allocated_cpus": cpus})
+        if gpus != task["allocated_gpus"]:
+            lacking[task_id] = [gpu for gpu in task["allocated_gpus"] if gpu not in gpus]
+    return lacking
+
+
+def hold(server: Server, task: Task) -> None:
+    """Let ``task`` hold the very GPUs that it names, which are available on ``server``."""
+    server["available_gpus"] = [gpu for gpu in server["available_gpus"] if gpu not in task["allocated_gpus"]]
+    server["available_cpus"] -= task["allocated_cpus"]
+    server["running_tasks"].append(task)
+
+
+def _add_server(state: State, description: ServerDescription) -> Server:
+    [server] = new_servers([description])
+    server["server_id"] = 1 + max(other["server_id"] for other in state["servers"])
+    state["servers"].append(server)
+    return server
+
+
+def keep_tasks(state: State, servers: list[Server], kept: Sequence[tuple[Server, Task]]) -> list[str]:
+    """Replace the servers of the pool; return the tasks of ``kept`` that would find no place on the new ones."""
+    homeless = []
+    for old, task in kept:
+        server = next((one for one in servers if one["server_name"] == old["server_name"]), None)
+        has_room = server and server["available_cpus"] >= task["allocated_cpus"]
+        if server and has_room and {*task["allocated_gpus"]} <= {*server["available_gpus"]}:
+            hold(server, task)
+        else:
+            homeless.append(task["task_id"])
+    state["servers"] = servers
+    return homeless
+
+
 class Allocation(TypedDict):
     """What :meth:`GPUResourceManagerV01.allocate_resources` grants."""
 
@@ -690,6 +835,11 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
             asked = {*Request.__annotations__, *Task.__annotations__} - {*Requester.__annotations__}
             requester = {key: value for key, value in request.items() if key not in asked}
             place(server, request["task_id"], gpus, cpus, state["last_updated"], requester)
+            if request.get("local") and "boot" in request:
+                for other in state["servers"]:
+                    if other.get("boot") == request["boot"]:
+                        del other["boot"]
+                server["boot"] = request["boot"]
             placed.append(request["task_id"])
             for earlier in left:
                 earlier["passed_over"] += could_hold(server, earlier)
@@ -776,14 +926,17 @@ def check_request(state: State, request: Request) -> None:
         raise InvalidRequestError("(required_gpus, required_cpus)", amounts, *_TOO_MUCH_AT_ONCE)
 
 
-def server_of_host(state: State, host: str, named: str | None) -> Server:
+def server_of_host(state: State, host: str, named: str | None, boot: str = "") -> Server:
     """Return the server that the machine ``host`` is: the one of that name, short or full, or the one ``named``.
+
+    In a container, whose name is a random one, it is the server whose last job ran under the same ``boot``.
 
     :raises InvalidRequestError: there is none, or it would be two: tasks on one physical GPU.
     """
     servers = state["servers"]
     by_host = [server for server in servers if _same_host(server["server_name"], host)]
-    found = [server for server in servers if server["server_name"] == named] if named else by_host
+    by_boot = [server for server in servers if boot and server.get("boot") == boot]
+    found = [server for server in servers if server["server_name"] == named] if named else by_host or by_boot
     why = ""
     if len(found) != 1:
         why = _SEVERAL_SERVERS if found else _NO_SERVER.format(host)
@@ -801,12 +954,13 @@ def _same_host(name: str, host: str) -> bool:
 
 
 def check_one_machine(state: State, request: Request) -> None:
-    """:raises InvalidRequestError: another server of the pool is the machine on which a local request was asked."""
+    """:raises InvalidRequestError: another server of the pool is the machine that a local request was asked on."""
     found: list[tuple[Any, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
     found += [(other.get("only_server_name"), other) for other in state.get("waiting", ())]
     for name, record in found if request.get("local") else ():
-        same_host = record.get("local") is True and record.get("host") == request.get("host")
-        if same_host and name != request["only_server_name"]:
+        key = "boot" if "boot" in record and "boot" in request else "host"
+        same_machine = record.get("local") is True and record.get(key) == request.get(key)
+        if same_machine and name != request["only_server_name"]:
             raise InvalidRequestError("server", request["only_server_name"], *_TWO_SERVERS, name=name)
 
 
@@ -878,6 +1032,12 @@ def shortfall(state: State, request: Request) -> Shortfall:
     if fewest and free[0] >= request["required_gpus"] and free[1] >= request["required_cpus"]:
         facts.scattered = free
     line = [waiting["task_id"] for waiting in state.get("waiting", ())]
+    inside = find_task(state, str(request.get("inside")))
+    if inside and fewest:
+        server, own = inside
+        rest = server["total_gpus"] - len(own["allocated_gpus"]), server["total_cpus"] - own["allocated_cpus"]
+        enough = rest[0] >= request["required_gpus"] and rest[1] >= request["required_cpus"]
+        facts.own_task = own["task_id"] if usable == [server] and not enough else None
     facts.waiting = line.index(request["task_id"]) if request["task_id"] in line else len(line)
     return facts
 
@@ -945,7 +1105,7 @@ def new_in_place(path: str, is_directory: bool = False) -> Iterator[int]:
     try:
         try:
             old = os.lstat(path) if os.path.isfile(path) else None
-            _set_permissions(descriptor, parent, 0o2770 if is_directory else 0o660, old)
+            set_permissions(descriptor, parent, 0o2770 if is_directory else 0o660, old)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -956,7 +1116,7 @@ def new_in_place(path: str, is_directory: bool = False) -> Iterator[int]:
         raise
 
 
-def _set_permissions(new: int, parent: str, shared: int, old: os.stat_result | None = None) -> None:
+def set_permissions(new: int, parent: str, shared: int, old: os.stat_result | None = None) -> None:
     """Give a new file the owner, group and permission bits of the ``old`` one that it replaces, if we may.
 
     In a directory that its group may write, add what is ``shared`` with that group; others get no more than
@@ -1064,104 +1224,36 @@ def _unlock_and_close(descriptor: int) -> None:
             os.close(descriptor)
 
 
-def _lock_at_once(descriptor: int, operation: int) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-class Leases:
-    """Locks on the files of one directory, which the kernel frees when their last holder is gone.
-
-    A lease is a file that its maker keeps locked with ``flock``. Processes that inherit the descriptor, by
-    ``fork`` and through ``exec``, hold the same lock; so it tells whether any process of a job lives, right in
-    every pid namespace and after every kind of death. No heartbeat, no pid.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-
-    def make_directory(self) -> None:
-        """Make the directory, for all who may write where it lies; called with the state file locked."""
-        if not os.path.isdir(self.directory):
-            with new_in_place(self.directory, is_directory=True):
-                pass
-
-    def make(self) -> tuple[str, int]:
-        """Make a lease; return its name and the descriptor that holds it, which children inherit."""
-        while True:
-            name = os.urandom(16).hex()
-            descriptor = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                _set_permissions(descriptor, self.directory, 0o660)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if os.fstat(descriptor).st_nlink:  # else it was swept before we had locked it
-                    # Inheritable, and from 20 on: out of the way of the numbers that shell scripts redirect.
-                    return name, fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20)
-            finally:
-                os.close(descriptor)
-
-    @staticmethod
-    def give_up(descriptor: int) -> bool:
-        """Close the descriptor of a lease; tell whether no child holds it either, file or no file."""
-        try:
-            other = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
-        finally:
-            os.close(descriptor)
-        try:
-            return _lock_at_once(other, fcntl.LOCK_SH)
-        finally:
-            os.close(other)
-
-    def is_ended(self, record: Requester) -> bool:
-        """Tell whether ``record`` names a lease that is free; the lease of another host is never judged."""
-        name = record.get("lease")
-        # Shared, so that two who look at once do not take each other for the holder.
-        return record.get("host") == host_name() and isinstance(name, str) and self._free(name, fcntl.LOCK_SH)
-
-    def sweep(self, named: Iterable[Requester]) -> None:
-        """Delete free leases that none of these records names; called with the state file locked."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            unnamed = {*os.listdir(self.directory)}
-            for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
-                # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
-                self._free(name, fcntl.LOCK_EX, self.delete)
-
-    def delete(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.directory, name))
-
-    def _free(self, name: str, operation: int, then: Callable[[str], None] | None = None) -> bool:
-        """Tell whether nobody holds a lease, and do ``then`` while it is locked; what is no lease counts as held."""
-        if len(name) != 32 or not {*name} <= {*"0123456789abcdef"}:
-            return False
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # somebody may have put a FIFO there
-            descriptor = os.open(os.path.join(self.directory, name), flags)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENXIO):
-                raise
-            return False
-        try:
-            is_free = stat.S_ISREG(os.fstat(descriptor).st_mode) and _lock_at_once(descriptor, operation)
-            if is_free and then:
-                then(name)
-            return is_free
-        finally:
-            os.close(descriptor)
-
-
 @cache  # a process stays on its machine, and its records with the name that it began with
 def host_name() -> str:
     """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
 
 
+@cache
+def boot_id() -> str:
+    """Return what names this kernel from its start to its end, in every container alike."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return host_name()
+
+
 def this_requester(command: str | None = None) -> Requester:
     """Describe this process; ``command`` stands for its own command line."""
     uid, command = os.getuid(), printable(" ".join(sys.argv) if command is None else command)
-    return {"user": _user_name(uid), "uid": uid, "host": host_name(), "pid": os.getpid(), "command": command}
+    if len(command) > MAX_COMMAND_LENGTH:
+        command = command[: MAX_COMMAND_LENGTH - 1] + "…"
+    who: Requester = {"user": _user_name(uid), "uid": uid, "host": host_name(), "pid": os.getpid(), "command": command}
+    inside = os.environ.get("GPU_TASK_ID")
+    return {**who, "inside": inside} if inside and task_id_problem(inside) is None else who
+
+
+def named_processes(processes: Sequence[dict[str, Any]]) -> str:
+    """Return a line that names these processes, and how many more there are."""
+    words = [
+        f"PID {process['pid']} ({process['user']}) {process['command'][:60]}".rstrip() for process in processes[:3]
+    ]
+    return ", ".join(words) + (f" 他 {len(processes) - 3} 件" if len(processes) > 3 else "")
 
 
 @cache  # it may have to be asked of a directory service
@@ -1287,6 +1379,8 @@ class JsonFileStore(Store):
             raise  # a disk or a limit that fails now says nothing about the file
         try:
             found, data = os.fstat(descriptor), b""
+            if stat.S_ISDIR(found.st_mode):  # never moved, not even by a reset
+                raise StateFileError(self.path, *_IS_DIRECTORY)
             if not stat.S_ISREG(found.st_mode):
                 raise UnusableStateFileError(self.path, _NO_REGULAR_FILE)
             while len(data) < found.st_size and (part := os.read(descriptor, found.st_size - len(data))):
@@ -1393,7 +1487,6 @@ class GPUResourceManagerV01:
         check_seconds("lock_timeout_s", lock_timeout_s)
         described = self._described(servers, min_gpus)
         self._store = open_store(path, lock_timeout_s, self.LOCK_FILE)
-        self._leases = Leases(self._store.lease_directory)
         self.resource_file = self._store.path
         self._store.create(described)
         if servers is not None or min_gpus is not None:
@@ -1471,6 +1564,7 @@ class GPUResourceManagerV01:
         wait_s: float = 0,
         on_wait: OnWait | None = None,
         command: str | None = None,
+        keeper: Callable[[int], AbstractContextManager[int]] | None = None,
     ) -> Iterator[Allocation]:
         """Hold GPUs and CPUs of this machine while the block runs, and no longer than its processes live.
 
@@ -1478,40 +1572,99 @@ class GPUResourceManagerV01:
         held, once every child that has inherited the lease is gone too. ``fork`` and ``os.system`` hand it down;
         ``subprocess`` does with ``close_fds=False``. Parameters and errors as :meth:`obtain_resources`, and:
 
-        :param command: recorded as information; by default the command line of this process.
+        :param command: recorded as information, cut after 200 characters; by default that of this process.
+        :param keeper: called with the descriptor of the lease once the task is placed: lets a process hold that
+            and gives its pid; by default this process is its own keeper.
         """
         check_seconds("wait_s", wait_s)
         request = self._request(task_id, required_gpus, required_cpus, None, True, command)
-        with self._lease(request):
+        with self._lease(request) as lease:
             if wait_s:
-                yield self._stand_in_line(request, wait_s, on_wait)
+                granted = self._stand_in_line(request, wait_s, on_wait)
             else:
-                yield _granted(self._change(lambda state: ask_once(state, request)))
+                granted = _granted(self._change(lambda state: ask_once(state, request)))
+            with keeper(lease.descriptor) if keeper else nullcontext(os.getpid()) as pid:
+                self._change(lambda state: self._confirm(state, request, lease, pid))
+                yield granted
 
     def release_resources(self, task_id: str, force: bool = False) -> bool:
         """Take back what the task holds, or its place in line; ``True`` once that is on disk, ``False`` if unknown.
 
-        :param force: even if it belongs to another user: a guard against mistakes, no security boundary, for who
-            may write the file may do anything.
+        :param force: even if its processes run, which then share its GPUs with others, or it belongs to another
+            user: a guard against mistakes, no security boundary, for who may write the file may do anything.
         :raises InvalidRequestError: ``task_id`` is none that a task can have.
         :raises NotOwnerError: it belongs to another user.
+        :raises TaskRunningError: processes of it run; see :meth:`stop_task`.
         """
         check_name("task_id", task_id)
-        uid = os.getuid()
 
-        def change(state: State) -> bool:
-            found = [record for record in records(state) if record["task_id"] == task_id]
+        def change(state: State) -> tuple[bool, list[dict[str, Any]]]:
+            found, processes = [record for record in records(state) if record["task_id"] == task_id], []
             for record in found:
-                owner = record.get("uid")
-                if not force and isinstance(owner, int) and uid not in (0, owner):
-                    raise NotOwnerError(task_id, printable(str(record.get("user", owner))))
+                self._check_owner(record, force)
+                if "lease" in record and "allocated_gpus" in record:  # what has ended is taken back by now
+                    processes = self._processes([record])[0]
+                    if not force:
+                        raise TaskRunningError(task_id, processes)
+                    self._leases.end_claim(record["lease"])
             end_task(state, task_id)
-            return bool(found)
+            return bool(found), processes
 
-        released = self._change(change)
-        if not released:
-            log().warning("タスクが見つかりません: %s", task_id)
+        released, processes = self._change(change)
+        if processes:
+            log().warning(
+                "タスク %s の記録を消しましたが、プロセスが動いています: %s", task_id, named_processes(processes)
+            )
         return released
+
+    def stop_task(self, task_id: str, grace_s: float = 10.0, force: bool = False) -> bool:
+        """End all processes of a task that has a lease; ``True`` once its GPUs are free, ``False`` if it is unknown.
+
+        :param grace_s: seconds (0-1e9) between TERM, to the whole tree of the job, and KILL to what is left of it.
+        :param force: even if it belongs to another user.
+        :raises NotOwnerError: it belongs to another user.
+        :raises NotStoppableError: it has no lease, runs on another machine, or has processes that do not end.
+        """
+        check_name("task_id", task_id)
+        check_seconds("grace_s", grace_s)
+        found = [record for record in records(self._look()) if record["task_id"] == task_id]
+        for record in found:
+            self._check_owner(record, force)
+            if "lease" not in record:
+                raise NotStoppableError(task_id, *_NO_LEASE)
+            if not self._leases.is_ended(record):
+                if not self._leases.is_here(record):
+                    raise NotStoppableError(task_id, *_ANOTHER_MACHINE, host=record.get("host"))
+                left = self._leases.stop(record, grace_s)
+                if any(process.pid == os.getpid() for process in left):
+                    raise NotStoppableError(task_id, *_OWN_TREE)
+                if left:
+                    who = named_processes([process._asdict() for process in left])
+                    raise NotStoppableError(task_id, *_STILL_THERE, who=who)
+        self._change(lambda state: None)  # takes it back
+        return bool(found)
+
+    def _check_owner(self, record: Any, force: bool) -> None:
+        owner = record.get("uid")
+        if not force and isinstance(owner, int) and os.getuid() not in (0, owner):
+            raise NotOwnerError(record["task_id"], printable(str(record.get("user", owner))))
+
+    def _processes(self, held: Sequence[Any]) -> list[list[dict[str, Any]]]:
+        """Return who holds the lease of each record: as far as we may see, else what the lease itself says."""
+        from gpu_resource_extensions.leases import holders
+
+        seen, answers = holders([str(record["lease"]) for record in held]), []
+        for record in held:
+            claim = self._leases.claim(str(record["lease"]))
+            keeper = claim["keeper"] if claim else record.get("pid")
+            ours = {keeper, record.get("pid")}
+            job = [process for process in seen[record["lease"]] if process.pid not in ours] or seen[record["lease"]]
+            found: list[dict[str, Any]] = [
+                {"pid": process.pid, "user": process.user, "command": process.command} for process in job
+            ]
+            unseen = {"pid": keeper, "user": f"{record.get('user')}@{record.get('host')}", "command": ""}
+            answers.append(found or [unseen])
+        return answers
 
     def get_resource_summary(self) -> dict[str, Any]:
         """Return counts for the pool and each server, without waiting for a lock.
@@ -1524,48 +1677,71 @@ class GPUResourceManagerV01:
         What a task holds whose processes are gone counts as free, for the next change takes it back; such
         tasks and requests are in ``ended_tasks``, if there are any.
         """
-        state = self._store.read()
+        state = self._look()
         with failures_reported(self.resource_file):
-            ended = reclaim(state, self._leases.is_ended)
+            ended = reclaim(state, self._is_ended)
         return {**summarize(state), "ended_tasks": ended} if ended else summarize(state)
 
     def get_detailed_status(self) -> State:
-        """Return the document, without waiting for a lock, with ``"ended": True`` where the processes are gone."""
-        state = self._store.read()
+        """Return the document, without waiting for a lock, with what we see of each lease.
+
+        Where the last holder of the lease is gone, the record has ``"ended": True``; else ``processes`` are those that
+        hold it, each with ``pid``, ``user`` and ``command``.
+        """
+        state = self._look()
         with failures_reported(self.resource_file):
-            for record in records(state):
-                if self._leases.is_ended(record):
+            leased = [record for record in records(state) if "lease" in record]
+            for record in leased:
+                if self._is_ended(record):
                     record["ended"] = True
+            living = [record for record in leased if "ended" not in record and self._leases.is_here(record)]
+            for record, processes in zip(living, self._processes(living) if living else [], strict=True):
+                record["processes"] = processes
         return state
 
     def reset_resources(
-        self, servers: Sequence[ServerDescription] | None = None, min_gpus: int | None = None, force: bool = True
+        self,
+        servers: Sequence[ServerDescription] | None = None,
+        min_gpus: int | None = None,
+        force: bool | None = None,
     ) -> bool:
-        """Forget every task and every waiting request, and return ``True``.
+        """Forget every task but those whose processes run, and every waiting request; return ``True``.
 
         Unknown keys stay. A state file that cannot be used is set aside as ``resource_status.json.corrupt-TIME``
         and made anew.
 
         :param servers: as for construction, and so ``min_gpus``; by default what there is stays.
-        :param force: even if tasks run.
+        :param force: ``True``: also tasks whose processes run, which then share their GPUs with others;
+            ``False``: nothing, if there are tasks.
         :raises InvalidRequestError: a description is of no use.
-        :raises PoolConflictError: tasks run, and not ``force``.
+        :raises PoolConflictError: there are tasks, and ``force`` is ``False``, or the servers described have no
+            place for a task whose processes run.
         """
         described = self._described(servers, min_gpus)
 
-        def change(state: State) -> None:
-            running = placed_tasks(state)
-            if running and not force:
-                raise PoolConflictError(self.resource_file, [task["task_id"] for _, task in running])
-            for server, task in running:
-                remove_task(server, task)
+        def change(state: State) -> list[str]:
+            tasks = placed_tasks(state)
+            if tasks and force is False:
+                raise PoolConflictError(self.resource_file, [task["task_id"] for _, task in tasks])
+            living = [(server, task) for server, task in tasks if "lease" in task]  # what has ended is taken back
+            for _, task in living if force else ():
+                self._leases.end_claim(task["lease"])
+            kept = [] if force else living
+            for server, task in tasks:
+                if not any(task is one for _, one in kept):
+                    remove_task(server, task)
             set_waiting(state, [])
             if servers is not None:
-                state["servers"] = described["servers"]
+                homeless = keep_tasks(state, described["servers"], kept)
+                if homeless:
+                    raise PoolConflictError(self.resource_file, homeless, living=True)
             if min_gpus is not None:
                 state["min_gpus_per_task"] = min_gpus
+            return [task["task_id"] for _, task in kept]
 
-        self._change(change, described)
+        kept = self._change(change, described)
+        if kept:
+            log().warning("プロセスが動いているタスクは残しました (--stop で終了できます): %s", ", ".join(kept))
         return True
 
     def _described(self, servers: Sequence[ServerDescription] | None, min_gpus: int | None) -> State:
@@ -1593,29 +1769,60 @@ class GPUResourceManagerV01:
         check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
         request = new_request(task_id, gpus, cpus, prefer, **this_requester(command))
         if local:
-            server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE))
+            server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             request["only_server_name"], request["local"] = server["server_name"], True
+            request["boot"] = boot_id()
         is_usual = MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER and cpus <= self.CPUS_PER_SERVER
         if not is_usual or local or prefer is not None:  # else not worth another look at the pool
             check_request(self._store.read(), request)
         return request
 
+    @property
+    def _leases(self) -> Leases:
+        from gpu_resource_extensions.leases import Leases  # only some pools have any
+
+        return Leases(self._store.lease_directory)
+
+    def _is_ended(self, record: Requester) -> bool:
+        return "lease" in record and self._leases.is_ended(record)
+
     @contextmanager
-    def _lease(self, request: Request) -> Iterator[None]:
-        """Bind ``request`` to a lease while the block runs, or for as long as a child holds it."""
-        if not os.path.isdir(self._leases.directory):
-            self._store.update(lambda _: self._leases.make_directory())  # under the lock, for two may come at once
+    def _lease(self, request: Request) -> Iterator[Lease]:
+        """Bind ``request`` to a lease while the block runs, or for as long as a child holds it.
+
+        In each step a crash leaves what the next change understands: a free lease that no record names is deleted,
+        a record with a free lease is taken back, and only what stands in the document is ever called granted. So a
+        lease is deleted only once no record names it any more.
+        """
+        leases = self._leases
+        if not os.path.isdir(leases.directory):
+            self._store.update(lambda _: leases.make_directory())  # under the lock, for two may come at once
         with failures_reported(self.resource_file):
-            lease, descriptor = self._leases.make()
-        request["lease"] = lease
+            lease = leases.make()
+        request["lease"], request["boot"] = lease.name, boot_id()
         try:
-            yield
+            yield lease
         finally:
             with failures_reported(self.resource_file):
-                if Leases.give_up(descriptor):
+                if lease.give_up():
                     # By the lease, not by the name, which a newer task may bear by now.
-                    self._change(lambda state: reclaim(state, lambda record: record.get("lease") == lease))
-                    self._leases.delete(lease)
+                    self._change(lambda state: reclaim(state, lambda record: record.get("lease") == lease.name))
+                    leases.delete(lease.name)
+
+    def _confirm(self, state: State, request: Request, lease: Lease, keeper: int) -> None:
+        """Let the lease say what was granted, if that still stands; the document is locked and holds it."""
+        for server, task in placed_tasks(state):
+            if task.get("lease") == lease.name:
+                sizes = server["total_gpus"], server["total_cpus"]
+                claim: Claim = {
+                    "task": task,
+                    "server_name": server["server_name"],
+                    "total_gpus": sizes[0],
+                    "total_cpus": sizes[1],
+                    "keeper": keeper,
+                }
+                return lease.say_granted(claim)
+        raise WaitCancelledError(request["task_id"], shortfall(state, request))
 
     def _stand_in_line(self, request: Request, wait_s: float, on_wait: OnWait | None) -> Allocation:
         """Stand in line until ``request`` is placed; :raises NoCapacityError: time is up, or somebody released it."""
@@ -1633,9 +1840,9 @@ class GPUResourceManagerV01:
                 continue
             seen, look_again_s = mark, time.monotonic() + WAIT_RECHECK_S
             # On a copy, without a lock: only who would be served goes on to change the file.
-            state = self._store.read()
+            state = self._look()
             with failures_reported(self.resource_file):
-                reclaim(state, self._leases.is_ended)
+                reclaim(state, self._is_ended)
             admit(state)
             answer = outcome(state, request)
             if not isinstance(answer, Shortfall):
@@ -1644,17 +1851,35 @@ class GPUResourceManagerV01:
             answer = self._change(lambda state: conclude(state, request))
         return _granted(answer)
 
+    def _look(self) -> State:
+        """Read the document, with what it has lost of the living jobs."""
+        state = self._store.read()
+        if os.path.isdir(self._store.lease_directory):
+            with failures_reported(self.resource_file):
+                put_back(state, self._leases.seen_claims())
+        return state
+
     def _change(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
-        """Reclaim what has ended, apply ``change``, and serve the line before and after it, as one step."""
+        """Apply ``change``, with the living and the dead set right ahead of it, and the line served after it."""
 
         def whole_change(state: State) -> T:
-            # Deleting what no document names has no effect that a second call could see.
-            self._leases.sweep(records(state))
-            ended = reclaim(state, self._leases.is_ended)
+            claims = []
+            if os.path.isdir(self._store.lease_directory):
+                # Deleting what no document names has no effect that a second call could see. Ahead of the reclaim:
+                # what that takes back is still named by the document on the disk.
+                claims = self._leases.claims(records(state))
+            ended = reclaim(state, self._is_ended)
             if ended:
                 log().info("終了したタスクを回収しました: %s", ended)
+            lacking = put_back(state, claims)
+            for task_id, gpus in lacking.items():
+                log().warning(
+                    "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください", task_id, gpus
+                )
             admit(state)
             result = change(state)
+            if claims:  # what the change has freed may be theirs
+                put_back(state, self._leases.seen_claims())
             admit(state)
             return result
 

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gpu_resource_extensions.leases import Leases
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
-    Leases,
     State,
     ask_once,
     decode_state,

@@ -1,60 +1,246 @@
-"""A command on its GPUs: its environment, started as a shell would, signals passed on, its exit code."""
+"""A command on its GPUs: its environment, its keeper, signals passed on, its exit code. Linux.
+
+Three processes: ``--run``, the *keeper*, and the command, each the parent of the next. The first two are child
+subreapers (prctl(2)): a process of the job whose parent has died comes back to one of them, whatever descriptors it
+has closed. So one of them knows when the last process of the job has ended, and holds the lease until then. If the
+keeper is killed, ``--run`` takes its place; if ``--run`` is killed, the keeper goes on alone.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
+import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from shutil import which
 from typing import Any
 
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NAME = 36, 15  # <linux/prctl.h>
+_PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+_WATCHED = _PASSED_ON | {signal.SIGCHLD}
+_OUT_OF_THE_WAY = 20  # the least descriptor that we use: a caller may have closed 0, and scripts redirect the low ones
+_LEFT_S = 0.25  # after which processes that outlive the command are worth a word
 
 
 def job_environment(allocation: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a job needs to keep to the GPUs and CPUs of an ``Allocation``."""
+    """Return what a job needs to keep to the GPUs and CPUs of an ``Allocation``.
+
+    What an earlier allocation has set is replaced; a number of threads that the user has set stands.
+    """
+    threads, cpus = os.environ.get("OMP_NUM_THREADS"), str(allocation["cpu_count"])
+    ours = threads is None or threads == os.environ.get("GPU_TASK_THREADS")
     return {
         "CUDA_VISIBLE_DEVICES": allocation["gpu_devices"],
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbering of NVML, and so of the pool
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(allocation["cpu_count"])),
+        "OMP_NUM_THREADS": cpus if ours else str(threads),
         "GPU_TASK_ID": allocation["task_id"],
+        "GPU_TASK_THREADS": cpus if ours else "",  # tells the next allocation whose number that is
     }
 
 
-def run_job(job: list[str], environment: Mapping[str, str]) -> int:
-    """Run a command as a shell would, and return its exit code: 128 + n if signal n has ended it.
+class Job:
+    """A command that runs under a keeper, seen from ``--run``. For the main thread of a process of its own."""
 
-    It stays in our process group: a Ctrl-C or Ctrl-Z in the terminal reaches it, and a job-controlling
-    shell handles both of us as one. So what the terminal sends is not passed on, but what ``kill`` sends
-    to us is.
+    def __init__(self, words: list[str], report_left: Callable[[int], None]) -> None:
+        """:param report_left: called with the pid below which processes of the job outlive the command."""
+        self.words, self.report_left = words, report_left
+        self.keeper = self.pid = 0  # 0: not started, or ended and reaped
+        self.takes_over = False  # the keeper was killed
+        self.code: int | None = None  # of the command, once it has ended
+        self.failure = 0  # errno, if it could not be started
+        self._heard = b""
 
-    :param job: the command and its arguments.
-    :param environment: the whole environment of the command.
-    :raises OSError: the command cannot be started; ``FileNotFoundError`` if there is none of that name.
-    """
-    passed_on = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-    watched = passed_on | {signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of the end
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    try:
-        pid = spawn(job, environment, mask)
-        while True:
-            received = signal.sigwaitinfo(watched)
-            if received.si_signo != signal.SIGCHLD:
+    @contextmanager
+    def kept(self, lease: int) -> Iterator[int]:
+        """Let a keeper hold the descriptor ``lease``; yield its pid. It ends at once unless :meth:`run` is called."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of an end
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        pipes = [*os.pipe(), *os.pipe()]
+        moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for end in pipes]
+        for end in pipes:
+            os.close(end)
+        self._from_keeper, to_run, from_run, self._to_keeper = moved
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the keeper never takes any
+        try:
+            parent = os.getpid()
+            self.keeper = os.fork()
+            if self.keeper == 0:
+                try:
+                    os.close(self._from_keeper)
+                    os.close(self._to_keeper)
+                    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+                    _keep(self.words, mask, libc, lease, from_run, to_run, parent)
+                finally:
+                    os._exit(0)
+        finally:
+            os.close(to_run)
+            os.close(from_run)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.set_blocking(self._from_keeper, False)
+        try:
+            yield self.keeper
+        finally:
+            os.close(self._to_keeper)
+            os.close(self._from_keeper)
+            if self.keeper and self.code is None:  # nothing was started, so it ends now
+                os.waitpid(self.keeper, 0)
+
+    def run(self, environment: Mapping[str, str]) -> int:
+        """Start the command as a shell would, and return its exit code: 128 + n if signal n has ended it.
+
+        It stays in our process group: a Ctrl-C or Ctrl-Z in the terminal reaches it, and a job-controlling
+        shell handles both of us as one. So what the terminal sends is not passed on, but what ``kill`` sends
+        to us is.
+
+        :param environment: the whole environment of the command.
+        :raises OSError: the command cannot be started; ``FileNotFoundError`` if there is none of that name.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+        try:
+            self._tell(json.dumps(dict(environment)))
+            received: list[int] = []
+            while True:
+                self._listen()
+                if self.failure:
+                    raise OSError(self.failure, os.strerror(self.failure))
+                if self.code is not None:
+                    self._leave_the_others()
+                    return self.code
+                if self.pid:
+                    for number in received:
+                        os.kill(self.pid, number)
+                    received = []
+                found = signal.sigwaitinfo(_WATCHED)
                 # A terminal that goes away tells only the leader of its session.
-                ours_alone = received.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
-                if received.si_code != _SI_KERNEL or ours_alone:
-                    os.kill(pid, received.si_signo)
-                continue
-            ended, status = os.waitpid(pid, os.WNOHANG)
+                ours_alone = found.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+                if found.si_signo != signal.SIGCHLD and (found.si_code != _SI_KERNEL or ours_alone):
+                    received.append(found.si_signo)
+        finally:
+            while signal.sigtimedwait(_WATCHED, 0):  # came too late for the job, and is not meant for us
+                pass
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _listen(self) -> None:
+        """Hear what the keeper has to say; should it have been killed, look after the command ourselves."""
+        self._reap_keeper()  # ahead of its last words
+        with suppress(BlockingIOError):
+            self._heard += os.read(self._from_keeper, 4096)
+        *lines, self._heard = self._heard.split(b"\n")
+        for line in lines:
+            word, number = line.split()
+            if word == b"failed":
+                self.failure = int(number)
+            elif word == b"runs":
+                self.pid = int(number)
+            else:
+                self.pid, self.code = 0, _exit_code(int(number))
+                # Only now does the keeper reap the command, so that no signal of ours can meet a newer process.
+                self._tell("")
+        if self.takes_over and self.code is None and not self.failure:
+            try:
+                # Without the pid, the keeper was killed as it started the command: then the first to end is that.
+                ended, status = os.waitpid(self.pid or -1, os.WNOHANG)
+            except ChildProcessError:
+                ended, status = 1, signal.SIGKILL  # the keeper was killed before it could start anything
             if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
-    finally:
-        while signal.sigtimedwait(watched, 0):  # came too late for the job, and is not meant for us
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                self.pid, self.code = 0, _exit_code(status)
+
+    def _reap_keeper(self) -> None:
+        if self.keeper:
+            ended, status = os.waitpid(self.keeper, os.WNOHANG)
+            if ended:
+                self.keeper, self.takes_over = 0, os.WIFSIGNALED(status)
+
+    def _leave_the_others(self) -> None:
+        """Leave processes that outlive the command to the keeper; without one, stay until they have ended."""
+        told = False
+        while self.keeper or self._has_children():
+            found = signal.sigtimedwait(_WATCHED, 3600 if told else _LEFT_S)
+            self._reap_keeper()
+            if not told and found is None and (self.keeper or self._has_children()):
+                told = True
+                self.report_left(self.keeper or os.getpid())
+            if told and (self.keeper or (found and found.si_signo != signal.SIGCHLD)):
+                break
+
+    def _has_children(self) -> bool:
+        """Reap who has ended, and tell whether others are left; asked only in place of the keeper."""
+        try:
+            while self.takes_over and os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return False
+        return self.takes_over
+
+    def _tell(self, text: str) -> None:
+        data = memoryview(text.encode() + b"\n")
+        with suppress(BrokenPipeError):  # it was killed, which a signal tells us
+            while data:
+                data = data[os.write(self._to_keeper, data) :]
+
+
+def _exit_code(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _keep(
+    words: list[str], mask: set[int | signal.Signals], libc: Any, lease: int, from_run: int, to_run: int, parent: int
+) -> None:
+    """Be the keeper: start the command, hold the lease until the last process of the job has ended."""
+
+    def tell(word: str, number: int) -> None:
+        with suppress(BrokenPipeError):
+            os.write(to_run, f"{word} {number}\n".encode())
+        if os.getppid() == parent:  # else it was killed
+            os.kill(parent, signal.SIGCHLD)  # it waits for signals, and looks then
+
+    with open(from_run, "rb", closefd=False) as orders:
+        order = orders.readline()
+        if not order.endswith(b"\n"):  # nothing is to be started after all, or ``--run`` was killed
+            return
+        try:
+            pid = spawn(words, json.loads(order), mask)
+        except OSError as error:
+            tell("failed", error.errno or errno.EINVAL)
+            return
+        _let_go_of_the_caller(libc, {0, 1, 2, lease, from_run, to_run})
+        tell("runs", pid)
+        with suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT):
+                if ended.si_pid == pid:
+                    exited = ended.si_code == os.CLD_EXITED
+                    tell("ended", ended.si_status << 8 if exited else ended.si_status)
+                    orders.readline()  # it sends no more signals now, or it is no longer there
+                os.waitpid(ended.si_pid, 0)
+
+
+def _let_go_of_the_caller(libc: ctypes.CDLL, kept: set[int]) -> None:
+    """Leave the session, the directory, the descriptors and the name of the one who called us.
+
+    A session of its own, and only once the command has started: in that of the caller, ``timeout -s KILL`` would
+    end us too, and in a group of our own there a stopped job could stay stopped for ever.
+    """
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    for descriptor in {*map(int, os.listdir("/proc/self/fd"))} - kept:
+        with suppress(OSError):  # the one that listed them
+            os.close(descriptor)
+    # Else ``pkill -f train.py`` would find the words of the job in ours. proc(5): fields 48 and 49.
+    libc.prctl(_PR_SET_NAME, b"gpu-keeper", 0, 0, 0)
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/stat", "rb") as file:
+        first, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+        if 0 < first < end:
+            ctypes.memmove(first, b"gpu-keeper".ljust(end - first, b"\0")[: end - first - 1] + b"\0", end - first)
 
 
 def spawn(job: list[str], environment: Mapping[str, str], mask: set[int | signal.Signals]) -> int:

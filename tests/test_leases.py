@@ -20,6 +20,7 @@ from conftest import ALICE, BOB, GUARD_S, LAB, PROJECT, Children, become, runnin
 from screens import CLI, cli
 
 import gpu_resource_manager_v01 as library
+from gpu_resource_extensions.leases import Leases
 from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, NoCapacityError, NotOwnerError
 
 HERE = "gpu-server-1"
@@ -237,15 +238,15 @@ def test_sweep_never_deletes_a_lease_that_is_held(pool: Path, children: Children
 
     def sweep_all_the_time() -> None:
         while True:
-            library.Leases(str(directory)).sweep([])
+            Leases(str(directory)).claims([])
 
     children.start(sweep_all_the_time)
-    made = library.Leases(str(directory))
+    made = Leases(str(directory))
     for _ in range(3000):
-        name, descriptor = made.make()
-        assert os.fstat(descriptor).st_nlink == 1
-        os.close(descriptor)
-        assert len(name) == 32
+        lease = made.make()
+        assert os.fstat(lease.descriptor).st_nlink == 1
+        os.close(lease.descriptor)
+        assert len(lease.name) == 32
 
 
 def test_strange_things_among_the_leases_are_left_alone(pool: Path) -> None:
@@ -341,7 +342,7 @@ def test_block_without_room_says_why(pool: Path) -> None:
 def test_late_release_cannot_free_a_newer_task_of_the_same_name(pool: Path) -> None:
     manager = GPUResourceManagerV01(pool)
     with manager.allocation("same", 2, 1):
-        assert manager.release_resources("same")
+        assert manager.release_resources("same", force=True)
         assert manager.allocate_resources("same", 4, 1)
     assert running(pool) == ["same"]
 
