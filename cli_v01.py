@@ -254,15 +254,20 @@ def cmd_stop(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer
 
 
 def unknown_task(task_id: str) -> Refusal:
+    from gpu_resource_manager_v01 import UNKNOWN_TASK
+
     remedy = "--detail で実行中のタスクIDを確認してください"
-    return Refusal(EXIT_NO, "unknown_task", f"タスクが見つかりません: {task_id}", remedy, {"task_id": task_id})
+    return Refusal(EXIT_NO, "unknown_task", UNKNOWN_TASK % task_id, remedy, {"task_id": task_id})
 
 
 def show_warnings() -> None:
     """Show what the library warns of, such as that a task still runs; who changes the pool loads ``logging`` anyway."""
     import logging
 
+    from gpu_resource_manager_v01 import UNKNOWN_TASK
+
     notes = logging.Handler(logging.WARNING)
+    notes.addFilter(lambda record: record.msg != UNKNOWN_TASK)  # that is a refusal here
     notes.emit = lambda record: show_error(f"注意: {record.getMessage()}")  # type: ignore[method-assign]
     logging.getLogger("gpu_resource_manager_v01").addHandler(notes)
 
@@ -553,6 +558,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
 CODES = {
     "DuplicateTaskError": (EXIT_USAGE, "duplicate_task"),
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
+    "KeeperError": (EXIT_OURS, "not_started"),
     "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),
     "TaskRunningError": (EXIT_NO, "task_running"),

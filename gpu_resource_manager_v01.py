@@ -260,6 +260,7 @@ class UnusableStateFileError(StateFileError):
         super().__init__(path, reason, _RESET)
 
 
+UNKNOWN_TASK = "タスクが見つかりません: %s"
 # For InvalidRequestError: the problem, and what to do.
 _NO_PATH = "がファイルのパスではありません", "パスを文字列で指定してください"
 _NO_SECONDS = "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください"
@@ -1615,6 +1616,8 @@ class GPUResourceManagerV01:
             log().warning(
                 "タスク %s の記録を消しましたが、プロセスが動いています: %s", task_id, named_processes(processes)
             )
+        if not released:
+            log().warning(UNKNOWN_TASK, task_id)
         return released
 
     def stop_task(self, task_id: str, grace_s: float = 10.0, force: bool = False) -> bool:

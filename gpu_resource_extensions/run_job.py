@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from shutil import which
 from typing import Any
 
+from gpu_resource_manager_v01 import ResourceManagerError
+
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NAME = 36, 15  # <linux/prctl.h>
 _PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
@@ -43,6 +45,15 @@ def job_environment(allocation: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+class KeeperError(ResourceManagerError):
+    """The keeper of a command cannot be started; nothing was run."""
+
+    template = "コマンドを始められません: {reason}\n  対処: ulimit -n と ulimit -u を確認してから再実行してください"
+
+    def __init__(self, error: OSError) -> None:
+        self.reason = error.strerror
+
+
 class Job:
     """A command that runs under a keeper, seen from ``--run``. For the main thread of a process of its own."""
 
@@ -61,13 +72,13 @@ class Job:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of an end
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        pipes = [*os.pipe(), *os.pipe()]
-        moved = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for end in pipes]
-        for end in pipes:
-            os.close(end)
-        self._from_keeper, to_run, from_run, self._to_keeper = moved
+        opened: list[int] = []
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the keeper never takes any
         try:
+            for end in (end for _ in range(2) for end in os.pipe()):
+                opened.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY))
+                os.close(end)
+            self._from_keeper, to_run, from_run, self._to_keeper = opened
             parent = os.getpid()
             self.keeper = os.fork()
             if self.keeper == 0:
@@ -78,9 +89,12 @@ class Job:
                     _keep(self.words, mask, libc, lease, from_run, to_run, parent)
                 finally:
                     os._exit(0)
+            opened = [to_run, from_run]
+        except OSError as error:
+            raise KeeperError(error) from error
         finally:
-            os.close(to_run)
-            os.close(from_run)
+            for end in opened:
+                os.close(end)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.set_blocking(self._from_keeper, False)
         try:

@@ -94,6 +94,7 @@ ALLOCATED = """\
 
 使用ヒント:
   export CUDA_VISIBLE_DEVICES=0,1,2,3
+  export CUDA_DEVICE_ORDER=PCI_BUS_ID
 
 リソース解放:
   python cli_v01.py --release my_task_001

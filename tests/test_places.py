@@ -113,7 +113,19 @@ def make_device_link(pool: Path) -> None:
     pool.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("make", [make_directory, make_dangling_link, make_link_loop, make_fifo])
+def test_directory_in_the_place_of_the_file_is_refused_and_never_moved(pool: Path) -> None:
+    make_directory(pool)
+    (pool / "somebody's file").touch()
+    manager = GPUResourceManagerV01(pool, lock_timeout_s=1)
+    for ask in (lambda: manager.allocate_resources("task", 2, 1), manager.get_resource_summary):
+        with pytest.raises(StateFileError, match="GPU_RESOURCE_FILE"):
+            ask()
+    with pytest.raises(StateFileError, match="GPU_RESOURCE_FILE"):
+        manager.reset_resources()
+    assert os.listdir(pool) == ["somebody's file"]
+
+
+@pytest.mark.parametrize("make", [make_dangling_link, make_link_loop, make_fifo])
 def test_what_is_no_file_is_refused_untouched_until_it_is_reset(pool: Path, make: Callable[[Path], None]) -> None:
     make(pool)
     before = os.lstat(pool)
