@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, g
 if TYPE_CHECKING:
     import logging
 
-    from gpu_resource_extensions.leases import Lease, Leases
+    from gpu_resource_extensions.leases import Claim, Lease, Leases
 
 T = TypeVar("T")
 OnWait = Callable[[int, str], None]  # position in line, from 1, and why there is no room yet
@@ -144,16 +144,6 @@ class TaskRunningError(ResourceManagerError):
 
     def __init__(self, task_id: str, processes: Sequence[dict[str, Any]]) -> None:
         self.task_id, self.processes, self.who = task_id, processes, named_processes(processes)
-
-
-class NotStoppableError(ResourceManagerError):
-    """Asking: the processes of the task cannot be ended from here; its GPUs are still held."""
-
-    template = "タスク {task_id!r} を終了できません。{reason}\n  対処: {remedy}"
-
-    def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:
-        self.task_id = task_id
-        self.reason, self.remedy = reason.format(**facts), remedy.format(task_id=task_id, **facts)
 
 
 class PoolConflictError(ResourceManagerError):
@@ -260,6 +250,7 @@ class UnusableStateFileError(StateFileError):
         super().__init__(path, reason, _RESET)
 
 
+_LACKING = "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください"
 UNKNOWN_TASK = "タスクが見つかりません: %s"
 # For InvalidRequestError: the problem, and what to do.
 _NO_PATH = "がファイルのパスではありません", "パスを文字列で指定してください"
@@ -283,14 +274,6 @@ _SEVERAL_SERVERS = "この計算機にあたるサーバーが複数あります
 _TWO_SERVERS = (
     "は使えません。この計算機は既にサーバー {name} として使われています",
     f"{SERVER_VARIABLE} に {{name}} を指定してください",
-)
-# For NotStoppableError: the reason, and what to do.
-_NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {task_id} で返してください"
-_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で実行してください: python cli_v01.py --stop {task_id}"
-_OWN_TREE = "このコマンド自身がその中で動いています", "別の端末で --stop {task_id} を実行してください"
-_STILL_THERE = (
-    "終了しないプロセスがあります: {who}",
-    "その利用者か管理者として --stop {task_id} を実行してください (誰が持つかは --detail で分かります)",
 )
 # For StateFileError.
 _RESET = "内容を直すか、python cli_v01.py --reset --yes で作り直してください (元のファイルは保存されます)"
@@ -373,16 +356,6 @@ class Task(Requester):
     allocated_gpus: list[int]  # indices on the server, ascending
     allocated_cpus: int
     start_time: str  # local, ISO 8601 to the second
-
-
-class Claim(TypedDict):
-    """What the lease of a job says that was granted to it."""
-
-    task: Task  # as it was then
-    server_name: str
-    total_gpus: int
-    total_cpus: int
-    keeper: int  # pid of the process that holds the lease until the end
 
 
 class _Known(TypedDict, total=False):
@@ -515,7 +488,7 @@ def check_state(document: Any, before: State | None = None) -> None:
     try:
         if isinstance(document, dict) and document.get("version") != FORMAT_VERSION:
             raise ValueError(f"version {document.get('version')!r} には対応していません ({FORMAT_VERSION!r} のみ)")
-        _check_record(document, State)
+        check_record(document, State)
         if not document["servers"]:
             raise ValueError("servers が空です")
         sound: Sequence[Server] = before["servers"] if before else ()
@@ -524,19 +497,19 @@ def check_state(document: Any, before: State | None = None) -> None:
             place = "servers[{}]", number
             changed = number >= len(sound) or server != sound[number]
             if changed:
-                _check_record(server, Server)
+                check_record(server, Server)
             _check_new(server, "server_id", seen)
             for task_number, task in enumerate(server["running_tasks"]):
                 place = "servers[{}].running_tasks[{}]", number, task_number
                 if changed:
-                    _check_record(task, Task)
+                    check_record(task, Task)
                 _check_new(task, "task_id", seen)
             if changed:
                 place = "servers[{}]", number
                 _check_sums(server)
         for number, request in enumerate(document.get("waiting", ())):
             place = "waiting[{}]", number
-            _check_record(request, Request)
+            check_record(request, Request)
             if type(request.get("lease")) is not str:
                 raise ValueError("lease の型が str ではありません")
             _check_new(request, "task_id", seen)
@@ -560,7 +533,8 @@ def _kinds(record: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
     return kinds
 
 
-def _check_record(record: Any, declared: Any) -> None:
+def check_record(record: Any, declared: Any) -> None:
+    """:raises ValueError: ``record`` is not of the type ``declared`` above; the text names the key."""
     if not isinstance(record, dict):
         raise ValueError("JSON オブジェクトではありません")
     for key, (types, needed) in _kinds(declared).items():
@@ -605,15 +579,6 @@ def _check_new(record: Any, key: str, seen: set[object]) -> None:
     if record[key] in seen:  # numbers of servers and names of tasks: never equal
         raise ValueError(f"{key} {record[key]!r} が重複しています")
     seen.add(record[key])
-
-
-def is_claim(document: Any) -> bool:
-    """Tell whether a decoded lease is a :class:`Claim`."""
-    with suppress(ValueError):
-        _check_record(document, Claim)
-        _check_record(document["task"], Task)
-        return True
-    return False
 
 
 def task_id_problem(value: object) -> str | None:
@@ -715,60 +680,11 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     return ended
 
 
-def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
-    """Let each living job hold what its lease says, whatever became of the document.
-
-    A document that was edited, restored from an old copy or made anew gets its task back, and its server. What
-    another task holds meanwhile stays there until that ends; the living job is granted the rest.
-
-    :returns: of each task that lacks some of its GPUs their indices.
-    """
-    lost, lacking = [], {}
-    for claim in claims:
-        task, held = claim["task"], False
-        for server, found in placed_tasks(state):
-            is_same = found.get("lease") == task["lease"] or (
-                "lease" not in found and all(found[key] == task[key] for key in ("task_id", "start_time"))
-            )
-            if is_same and (server["server_name"], found["allocated_gpus"], found.get("lease")) == (
-                claim["server_name"],
-                task["allocated_gpus"],
-                task["lease"],
-            ):
-                held = True
-            elif is_same:
-                remove_task(server, found)
-        if not held:
-            lost.append(claim)
-    for claim in lost:
-        task = claim["task"]
-        set_waiting(state, [request for request in state.get("waiting", ()) if request["lease"] != task["lease"]])
-        server = next((one for one in state["servers"] if one["server_name"] == claim["server_name"]), None) or (
-            _add_server(state, (claim["server_name"], claim["total_gpus"], claim["total_cpus"]))
-        )
-        task_id = task["task_id"]
-        if any(record["task_id"] == task_id for record in records(state)):  # somebody else's by now
-            task_id = f"{task_id[: MAX_TASK_ID_LENGTH - 9]}+{task['lease'][:8]}"
-        gpus = [gpu for gpu in task["allocated_gpus"] if gpu in server["available_gpus"]]
-        cpus = min(task["allocated_cpus"], server["available_cpus"])
-        hold(server, {**task, "task_id": task_id, "allocated_gpus": gpus, "allocated_cpus": cpus})
-        if gpus != task["allocated_gpus"]:
-            lacking[task_id] = [gpu for gpu in task["allocated_gpus"] if gpu not in gpus]
-    return lacking
-
-
 def hold(server: Server, task: Task) -> None:
     """Let ``task`` hold the very GPUs that it names, which are available on ``server``."""
     server["available_gpus"] = [gpu for gpu in server["available_gpus"] if gpu not in task["allocated_gpus"]]
     server["available_cpus"] -= task["allocated_cpus"]
     server["running_tasks"].append(task)
-
-
-def _add_server(state: State, description: ServerDescription) -> Server:
-    [server] = new_servers([description])
-    server["server_id"] = 1 + max(other["server_id"] for other in state["servers"])
-    state["servers"].append(server)
-    return server
 
 
 def keep_tasks(state: State, servers: list[Server], kept: Sequence[tuple[Server, Task]]) -> list[str]:
@@ -1604,7 +1520,7 @@ class GPUResourceManagerV01:
             for record in found:
                 self._check_owner(record, force)
                 if "lease" in record and "allocated_gpus" in record:  # what has ended is taken back by now
-                    processes = self._processes([record])[0]
+                    processes = self._leases.processes([record])[0]
                     if not force:
                         raise TaskRunningError(task_id, processes)
                     self._leases.end_claim(record["lease"])
@@ -1633,17 +1549,7 @@ class GPUResourceManagerV01:
         found = [record for record in records(self._look()) if record["task_id"] == task_id]
         for record in found:
             self._check_owner(record, force)
-            if "lease" not in record:
-                raise NotStoppableError(task_id, *_NO_LEASE)
-            if not self._leases.is_ended(record):
-                if not self._leases.is_here(record):
-                    raise NotStoppableError(task_id, *_ANOTHER_MACHINE, host=record.get("host"))
-                left = self._leases.stop(record, grace_s)
-                if any(process.pid == os.getpid() for process in left):
-                    raise NotStoppableError(task_id, *_OWN_TREE)
-                if left:
-                    who = named_processes([process._asdict() for process in left])
-                    raise NotStoppableError(task_id, *_STILL_THERE, who=who)
+            self._leases.stop(record, grace_s)
         self._change(lambda state: None)  # takes it back
         return bool(found)
 
@@ -1651,23 +1557,6 @@ class GPUResourceManagerV01:
         owner = record.get("uid")
         if not force and isinstance(owner, int) and os.getuid() not in (0, owner):
             raise NotOwnerError(record["task_id"], printable(str(record.get("user", owner))))
-
-    def _processes(self, held: Sequence[Any]) -> list[list[dict[str, Any]]]:
-        """Return who holds the lease of each record: as far as we may see, else what the lease itself says."""
-        from gpu_resource_extensions.leases import holders
-
-        seen, answers = holders([str(record["lease"]) for record in held]), []
-        for record in held:
-            claim = self._leases.claim(str(record["lease"]))
-            keeper = claim["keeper"] if claim else record.get("pid")
-            ours = {keeper, record.get("pid")}
-            job = [process for process in seen[record["lease"]] if process.pid not in ours] or seen[record["lease"]]
-            found: list[dict[str, Any]] = [
-                {"pid": process.pid, "user": process.user, "command": process.command} for process in job
-            ]
-            unseen = {"pid": keeper, "user": f"{record.get('user')}@{record.get('host')}", "command": ""}
-            answers.append(found or [unseen])
-        return answers
 
     def get_resource_summary(self) -> dict[str, Any]:
         """Return counts for the pool and each server, without waiting for a lock.
@@ -1697,8 +1586,8 @@ class GPUResourceManagerV01:
             for record in leased:
                 if self._is_ended(record):
                     record["ended"] = True
-            living = [record for record in leased if "ended" not in record and self._leases.is_here(record)]
-            for record, processes in zip(living, self._processes(living) if living else [], strict=True):
+            living = [record for record in leased if "ended" not in record]
+            for record, processes in zip(living, self._leases.processes(living) if living else [], strict=True):
                 record["processes"] = processes
         return state
 
@@ -1859,30 +1748,27 @@ class GPUResourceManagerV01:
         state = self._store.read()
         if os.path.isdir(self._store.lease_directory):
             with failures_reported(self.resource_file):
-                put_back(state, self._leases.seen_claims())
+                self._leases.put_back(state)
         return state
 
     def _change(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
         """Apply ``change``, with the living and the dead set right ahead of it, and the line served after it."""
 
         def whole_change(state: State) -> T:
-            claims = []
-            if os.path.isdir(self._store.lease_directory):
+            has_leases = os.path.isdir(self._store.lease_directory)
+            if has_leases:
                 # Deleting what no document names has no effect that a second call could see. Ahead of the reclaim:
                 # what that takes back is still named by the document on the disk.
-                claims = self._leases.claims(records(state))
+                self._leases.sweep(records(state))
             ended = reclaim(state, self._is_ended)
             if ended:
                 log().info("終了したタスクを回収しました: %s", ended)
-            lacking = put_back(state, claims)
-            for task_id, gpus in lacking.items():
-                log().warning(
-                    "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください", task_id, gpus
-                )
+            for task_id, gpus in self._leases.put_back(state).items() if has_leases else ():
+                log().warning(_LACKING, task_id, gpus)
             admit(state)
             result = change(state)
-            if claims:  # what the change has freed may be theirs
-                put_back(state, self._leases.seen_claims())
+            if has_leases:  # what the change has freed may be theirs
+                self._leases.put_back(state)
             admit(state)
             return result
 

@@ -22,17 +22,28 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from gpu_resource_manager_v01 import (
-    Claim,
+    MAX_TASK_ID_LENGTH,
     Requester,
+    ResourceManagerError,
+    Server,
+    State,
+    Task,
     boot_id,
+    check_record,
+    hold,
     host_name,
-    is_claim,
+    named_processes,
     new_in_place,
+    new_servers,
+    placed_tasks,
     printable,
+    records,
+    remove_task,
     set_permissions,
+    set_waiting,
 )
 
 ASKED, GRANTED, RELEASED = b"asked   \n", b"granted \n", b"released\n"  # of one length: each fits in another's place
@@ -41,6 +52,105 @@ LEASE_NAME = re.compile(r"([0-9a-f]{32})(?: \(deleted\))?$")
 # File systems that no other machine can have mounted: on one of these, another boot was an earlier one.
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "overlay")
 STOP_POLL_S, KILL_LIMIT_S = 0.02, 5.0
+
+
+class NotStoppableError(ResourceManagerError):
+    """The processes of the task cannot be ended from here; its GPUs are still held."""
+
+    template = "タスク {task_id!r} を終了できません。{reason}\n  対処: {remedy}"
+
+    def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:
+        self.task_id = task_id
+        self.reason, self.remedy = reason.format(**facts), remedy.format(task_id=task_id, **facts)
+
+
+# For NotStoppableError: the reason, and what to do.
+_NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {task_id} で返してください"
+_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で実行してください: python cli_v01.py --stop {task_id}"
+_LEASE_IS_LOST = (
+    "プロセスとの結び付き (.leases/ のファイル) が失われています",
+    "プロセスが残っていないことを確かめて、--release {task_id} --force で返してください",
+)
+_OWN_TREE = "このコマンド自身がその中で動いています", "別の端末で --stop {task_id} を実行してください"
+_UNSEEN = "ここからは見えないプロセス"
+_STILL_THERE = (
+    "終了しないプロセスがあります: {who}",
+    "その利用者か管理者として --stop {task_id} を実行してください (誰が持つかは --detail で分かります)",
+)
+
+
+class Claim(TypedDict):
+    """What the lease of a job says that was granted to it."""
+
+    task: Task  # as it was then
+    server_name: str
+    total_gpus: int
+    total_cpus: int
+    keeper: int  # pid of the process that holds the lease until the end
+
+
+def is_claim(document: Any) -> bool:
+    """Tell whether a decoded lease is a :class:`Claim`."""
+    with suppress(ValueError):
+        check_record(document, Claim)
+        check_record(document["task"], Task)
+        return True
+    return False
+
+
+# --- What follows for the document: a pure function, as the decisions of the library ---------------
+
+
+def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
+    """Let each living job hold what its lease says, whatever became of the document.
+
+    A document that was edited, restored from an old copy or made anew gets its task back, and its server. What
+    another task holds meanwhile stays there until that ends; the living job is granted the rest.
+
+    :returns: of each task that lacks some of its GPUs their indices.
+    """
+    lost, lacking = [], {}
+    for claim in claims:
+        task, held = claim["task"], False
+        for server, found in placed_tasks(state):
+            is_same = found.get("lease") == task["lease"] or (
+                "lease" not in found and all(found[key] == task[key] for key in ("task_id", "start_time"))
+            )
+            if is_same and (server["server_name"], found["allocated_gpus"], found.get("lease")) == (
+                claim["server_name"],
+                task["allocated_gpus"],
+                task["lease"],
+            ):
+                held = True
+            elif is_same:
+                remove_task(server, found)
+        if not held:
+            lost.append(claim)
+    for claim in lost:
+        task = claim["task"]
+        set_waiting(state, [request for request in state.get("waiting", ()) if request["lease"] != task["lease"]])
+        server = next((one for one in state["servers"] if one["server_name"] == claim["server_name"]), None) or (
+            _add_server(state, (claim["server_name"], claim["total_gpus"], claim["total_cpus"]))
+        )
+        task_id = task["task_id"]
+        if any(record["task_id"] == task_id for record in records(state)):  # somebody else's by now
+            task_id = f"{task_id[: MAX_TASK_ID_LENGTH - 9]}+{task['lease'][:8]}"
+        gpus = [gpu for gpu in task["allocated_gpus"] if gpu in server["available_gpus"]]
+        cpus = min(task["allocated_cpus"], server["available_cpus"])
+        hold(server, {**task, "task_id": task_id, "allocated_gpus": gpus, "allocated_cpus": cpus})
+        if gpus != task["allocated_gpus"]:
+            lacking[task_id] = [gpu for gpu in task["allocated_gpus"] if gpu not in gpus]
+    return lacking
+
+
+def _add_server(state: State, description: tuple[str, int, int]) -> Server:
+    [server] = new_servers([description])
+    server["server_id"] = 1 + max(other["server_id"] for other in state["servers"])
+    state["servers"].append(server)
+    return server
+
+
+# --- Leases as files ------------------------------------------------------------------------------
 
 
 class Lease:
@@ -124,32 +234,27 @@ class Leases:
         # Shared, so that two who look at once do not take each other for the holder.
         return self._free(name, fcntl.LOCK_SH)
 
-    def is_here(self, record: Requester) -> bool:
+    def _is_here(self, record: Requester) -> bool:
         """Tell whether the processes of ``record`` run under this kernel."""
         return record.get("boot") == boot_id() if "boot" in record else record.get("host") == host_name()
 
-    def claims(self, named: Iterable[Requester]) -> list[Claim]:
-        """Return what leases of living jobs of this machine say that was granted, the oldest first.
+    def sweep(self, named: Iterable[Requester]) -> None:
+        """Delete free leases that none of these records names; called with the document locked."""
+        unnamed = {*self._names()}
+        for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
+            # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
+            self._free(name, fcntl.LOCK_EX, self.delete)
 
-        Free leases that none of the records ``named`` names are deleted; called with the document locked.
-        """
-        return self._claims({str(record.get("lease")) for record in named}, self.delete)
+    def put_back(self, state: State) -> dict[str, list[int]]:
+        """Do as :func:`put_back` for all living jobs of this machine, the oldest first; ``{}`` if none lacks a GPU."""
+        claims = [self.claim(name) for name in self._names() if not self._free(name, fcntl.LOCK_SH)]
+        living = [claim for claim in claims if claim and claim["task"].get("boot") == boot_id()]
+        return put_back(state, sorted(living, key=lambda claim: claim["task"]["start_time"]))
 
-    def seen_claims(self) -> list[Claim]:
-        """Return the same without a lock, and delete nothing."""
-        return self._claims(None, None)
-
-    def _claims(self, named: set[str] | None, sweep: Callable[[str], None] | None) -> list[Claim]:
-        claims = []
+    def _names(self) -> list[str]:
         with suppress(FileNotFoundError, NotADirectoryError):
-            for name in os.listdir(self.directory):
-                # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
-                unnamed = sweep is not None and named is not None and name not in named
-                is_free = self._free(name, fcntl.LOCK_EX if unnamed else fcntl.LOCK_SH, sweep if unnamed else None)
-                claim = None if is_free else self.claim(name)
-                if claim and claim["task"].get("boot") == boot_id():
-                    claims.append(claim)
-        return sorted(claims, key=lambda claim: claim["task"]["start_time"])
+            return os.listdir(self.directory)
+        return []
 
     def claim(self, name: str) -> Claim | None:
         """Return what a lease says that was granted; ``None`` if nothing, if no longer, or if it makes no sense."""
@@ -196,31 +301,62 @@ class Leases:
         finally:
             os.close(descriptor)
 
-    def stop(self, record: Requester, grace_s: float) -> list[Process]:
-        """End the job of a lease: TERM to its whole tree, KILL after ``grace_s``; return who could not be ended."""
-        name, claim = str(record["lease"]), self.claim(str(record["lease"]))
-        # ``--run`` and the keeper end by themselves, with the exit code and the lease, once the job has.
-        ours = {claim["keeper"], record.get("pid")} if claim and claim["keeper"] != record.get("pid") else set()
-        told: set[tuple[int, int]] = set()
+    def processes(self, held: Sequence[Any]) -> list[list[dict[str, Any]]]:
+        """Return who holds the lease of each record: as far as we may see, else what the lease itself says."""
+        seen, answers = holders([str(record["lease"]) for record in held]), []
+        for record in held:
+            tree, ours = seen[record["lease"]], self._ours(record)
+            found: list[dict[str, Any]] = [
+                {"pid": process.pid, "user": process.user, "command": process.command}
+                for process in [process for process in tree if process.pid not in ours] or tree
+            ]
+            claim = self.claim(str(record["lease"]))
+            user = f"{record.get('user')}@{record.get('host')}"
+            unseen = {"pid": claim["keeper"] if claim else record.get("pid"), "user": user, "command": ""}
+            answers.append(found or [unseen])
+        return answers
+
+    def _ours(self, record: Any) -> set[Any]:
+        """Return the pids of ``--run`` and of its keeper, which end by themselves once the job has."""
+        claim = self.claim(str(record["lease"]))
+        has_keeper = claim and claim["keeper"] != record.get("pid")
+        return {claim["keeper"], record.get("pid")} if claim and has_keeper else set()
+
+    def stop(self, record: Any, grace_s: float) -> None:
+        """End the job of a lease: TERM to its whole tree, KILL after ``grace_s`` to what is left.
+
+        :raises NotStoppableError: it has no lease, is not on this machine, or has processes that do not end.
+        """
+        task_id, name, tree = record["task_id"], str(record.get("lease")), []
+        if "lease" not in record:
+            raise NotStoppableError(task_id, *_NO_LEASE)
+        if self.is_ended(record):
+            return
+        if not self._is_here(record):
+            raise NotStoppableError(task_id, *_ANOTHER_MACHINE, host=record.get("host"))
+        was_lost, told = name not in self._names(), set()
         deadline_s = time.monotonic() + grace_s
+        ours = self._ours(record)
         while not self._free(name, fcntl.LOCK_SH):
             tree = holders([name])[name]
-            if not tree and not os.path.exists(os.path.join(self.directory, name)):
-                break
             job = [process for process in tree if process.pid not in ours]
-            if any(process.pid == os.getpid() for process in job):
-                return tree
             late = time.monotonic() >= deadline_s
+            if any(process.pid == os.getpid() for process in job):
+                raise NotStoppableError(task_id, *_OWN_TREE)
+            if not tree and name not in self._names():
+                break
+            if time.monotonic() >= deadline_s + KILL_LIMIT_S:
+                who = named_processes([process._asdict() for process in tree]) or _UNSEEN
+                raise NotStoppableError(task_id, *_STILL_THERE, who=who)
             for process in job or tree if late else job:
                 if late or (process.pid, process.started) not in told:
                     told.add((process.pid, process.started))
                     for number in (signal.SIGKILL,) if late else (signal.SIGTERM, signal.SIGCONT):
                         with suppress(ProcessLookupError, PermissionError):
                             os.kill(process.pid, number)
-            if time.monotonic() >= deadline_s + KILL_LIMIT_S:
-                return tree
             time.sleep(STOP_POLL_S)
-        return []
+        if was_lost:  # so nothing takes the task back
+            raise NotStoppableError(task_id, *_LEASE_IS_LOST)
 
 
 def _is_local(path: str) -> bool:

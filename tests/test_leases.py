@@ -238,7 +238,7 @@ def test_sweep_never_deletes_a_lease_that_is_held(pool: Path, children: Children
 
     def sweep_all_the_time() -> None:
         while True:
-            Leases(str(directory)).claims([])
+            Leases(str(directory)).sweep([])
 
     children.start(sweep_all_the_time)
     made = Leases(str(directory))

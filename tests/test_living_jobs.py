@@ -21,8 +21,8 @@ import pytest
 from conftest import GUARD_S, running
 from screens import CLI, cli
 
-from gpu_resource_extensions.leases import Leases, Process, holders
-from gpu_resource_manager_v01 import GPUResourceManagerV01, NotStoppableError, PoolConflictError, TaskRunningError
+from gpu_resource_extensions.leases import Leases, NotStoppableError, Process, holders
+from gpu_resource_manager_v01 import GPUResourceManagerV01, PoolConflictError, TaskRunningError
 
 HERE = os.uname().nodename
 
