@@ -4,10 +4,10 @@ Three guarantees:
 
 * no GPU is given twice, however many processes, threads and users ask at once;
 * the state file is never half-written: after a crash it holds the old document or the new one;
-* what a task bound to a lease holds comes back when its last process is gone, however it ended.
+* what a task bound to a lease holds is its own until its last process is gone, and comes back then, however it ended.
 
 :class:`GPUResourceManagerV01` is what others use: ``allocate_resources`` (``None`` if there is no room),
-``obtain_resources`` (raises instead), ``allocation`` (a ``with`` block), ``release_resources``,
+``obtain_resources`` (raises instead), ``allocation`` (a ``with`` block), ``release_resources``, ``stop_task``,
 ``get_resource_summary``, ``get_detailed_status``, ``reset_resources``.
 
 The module reads from top to bottom, one room after the other:
@@ -17,8 +17,9 @@ The module reads from top to bottom, one room after the other:
    a server goes here.
 3. **Decisions.** Pure functions on a private copy of the document: no file, clock, lock or process. Rules go
    here: which server, who is next, what has ended (a time limit, say), why not.
-4. **This machine.** Files, locks, and whether the processes of a task live. What only this machine can
-   know, such as who else uses its GPUs, goes here; what follows from it is a decision.
+4. **This machine.** Files, locks, who asks. Whether the processes of a task live, and what follows, stands in
+   ``gpu_resource_extensions/leases.py``. What only this machine can know, such as who else uses its GPUs, goes
+   there; what follows from it is a decision.
 5. **The store.** :class:`Store` is the contract, :class:`JsonFileStore` keeps it. Another store is a module
    in ``gpu_resource_extensions/`` and a line in :func:`open_store`.
 6. **The manager.** Public methods, each a few lines over the rooms above.

@@ -17,6 +17,7 @@ import pytest
 #: everything that the store does to the state directory goes through these
 NAMES = ["open", "close", "read", "write", "fsync", "fstat", "stat", "lstat", "readlink"]
 NAMES += ["replace", "rename", "link", "unlink", "fchmod", "fchown", "listdir", "mkdir", "rmdir"]
+NAMES += ["pwrite", "fork", "kill", "waitpid", "waitid", "setsid", "chdir", "dup2"]
 
 
 @contextmanager

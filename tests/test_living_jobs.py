@@ -6,6 +6,7 @@ Each job marks its GPUs by a lock of its own; a mark that is met twice is a GPU 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -18,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GUARD_S, running
+from conftest import GUARD_S, Children, running
 from screens import CLI, cli
+from syscalls import at_call, intercepted, recorded
 
 from gpu_resource_extensions.leases import Leases, NotStoppableError, Process, holders
+from gpu_resource_extensions.run_job import Job as RunJob
 from gpu_resource_manager_v01 import GPUResourceManagerV01, PoolConflictError, TaskRunningError
 
 HERE = os.uname().nodename
@@ -201,6 +204,50 @@ def test_storm_of_random_kills_never_lets_two_jobs_meet_on_a_gpu(pool: Path) -> 
     assert GPUResourceManagerV01(pool).get_resource_summary()["total_available_gpus"] == 8
     change(pool)
     assert os.listdir(pool.parent / ".leases") == []
+
+
+def test_kill_of_run_or_keeper_ahead_of_any_call_leaves_what_the_next_change_sets_right(
+    pool: Path, children: Children
+) -> None:
+    """Who is killed when, and what that leaves.
+
+    killed                              left behind                     the next change
+    ahead of the lease                  nothing                         -
+    after the lease                     a free lease, in no record      deletes it
+    after the grant                     a record with a free lease      takes it back
+    after ``granted``                   the same                        takes it back
+    after the keeper                    the same; the keeper ends       takes it back
+    after the start, ``--run`` alone    keeper and command live         takes it back once they have ended
+    after the start, keeper alone       ``--run`` waits in its place    finds it released
+    at the end, ahead of the release    a record with a free lease      takes it back
+    at the end, ahead of the deletion   a free lease, in no record      deletes it
+    """
+    manager = GPUResourceManagerV01(pool)
+
+    def work() -> None:
+        job = RunJob(["true"], lambda pid: None)
+        with manager.allocation("t", 2, 1, keeper=job.kept):
+            assert job.run(dict(os.environ)) in (0, 137)
+
+    reader, writer = os.pipe()
+    children.run(lambda: os.write(writer, b"%d" % len(recorded(work))))
+    calls = int(os.read(reader, 100))
+    codes = set()
+    for number in range(calls):
+
+        def killed(number: int = number) -> None:
+            with intercepted(at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                work()
+
+        codes.add(children.run(killed))  # 0, or 1 if it was told, where the keeper met its call first
+        for lease in (pool.parent / ".leases").iterdir() if (pool.parent / ".leases").exists() else ():
+            with contextlib.suppress(FileNotFoundError), lease.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # until the keeper has ended
+        change(pool)
+        assert running(pool) == [], number
+        change(pool)
+        assert not (pool.parent / ".leases").exists() or os.listdir(pool.parent / ".leases") == []
+    assert -signal.SIGKILL in codes
 
 
 @pytest.mark.parametrize("harm", ["an old copy", "deleted", "another", "moved GPUs", "no lease", "reset", "damaged"])
