@@ -182,7 +182,6 @@ def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     from gpu_resource_manager_v01 import NoCapacityError
 
-    show_warnings()
     task_id, gpus, cpus = args.allocate
     # Shown before the wait for the lock, not after it.
     args.output.progress(f"リソース割り当てを試行中:\n  タスクID: {task_id}\n  GPU数: {gpus}\n  CPU数: {cpus}\n")
@@ -206,7 +205,6 @@ def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     from gpu_resource_extensions.run_job import Job, job_environment
     from gpu_resource_manager_v01 import ResourceManagerError, named_processes
 
-    show_warnings()
     task_id, gpus, cpus = args.run
     line = WaitingLine(once=True)
     code, command = None, " ".join(map(quote, args.job))
@@ -236,7 +234,6 @@ def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
 
 
 def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    show_warnings()
     task_id = args.release
     args.output.progress(f"リソース解放を試行中: {task_id}")
     if not manager.release_resources(task_id, force=args.force):
@@ -246,7 +243,6 @@ def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Ans
 
 def cmd_stop(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     task_id, grace_s = args.stop, 10.0 if args.grace is None else args.grace
-    show_warnings()
     args.output.progress(f"タスクのプロセスを終了中: {task_id}")
     if not manager.stop_task(task_id, grace_s, force=args.force):
         raise unknown_task(task_id)
@@ -261,7 +257,7 @@ def unknown_task(task_id: str) -> Refusal:
 
 
 def show_warnings() -> None:
-    """Show what the library warns of, such as that a task still runs; who changes the pool loads ``logging`` anyway."""
+    """Show what the library warns of, such as that a task still runs."""
     import logging
 
     from gpu_resource_manager_v01 import UNKNOWN_TASK
@@ -281,7 +277,6 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
         show_error("警告：すべての実行中タスクの記録がクリアされます！\n続行しますか？ [y/N]:")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Refusal(EXIT_NO, "not_confirmed", "リセットを中止しました", "消してよければ y と答えてください")
-    show_warnings()
     # Without a word to the contrary, another description is refused while there are tasks.
     force = True if args.force else None if args.yes or (args.servers is None and args.min_gpus is None) else False
     manager.reset_resources(args.servers, args.min_gpus, force=force)
@@ -416,9 +411,8 @@ def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argpar
         for value in values:
             args.command = command
             try:
-                setattr(
-                    args, name, value if command in (cmd_release, cmd_stop) else (value[0], *map(integer, value[1:]))
-                )
+                one_word = command in (cmd_release, cmd_stop)
+                setattr(args, name, value if one_word else (value[0], *map(integer, value[1:])))
             except argparse.ArgumentTypeError as error:
                 parser.error(f"argument --{name}: {error}")
     if (args.command is cmd_run) != bool(job):
@@ -486,9 +480,9 @@ def safe(text: str) -> str:
 
 def can_show(text: str) -> bool:
     """Tell whether stdout would get ``text`` exactly as it is."""
-    with_encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        return text.encode(with_encoding).decode(with_encoding) == text == safe(text)
+        return text.encode(encoding).decode(encoding) == text == safe(text)
     except UnicodeError:
         return False
 
@@ -542,6 +536,8 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from gpu_resource_extensions.detect_gpus import detected_server
 
                 args.servers = [detected_server()]
+            if args.command not in (cmd_init, cmd_status, cmd_detail):  # who changes the pool loads ``logging`` anyway
+                show_warnings()
             described = {} if args.command is cmd_reset else {"servers": args.servers, "min_gpus": args.min_gpus}
             return output.done(args.command(library.GPUResourceManagerV01(**described), args))
         except library.ResourceManagerError as error:

@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, g
 if TYPE_CHECKING:
     import logging
 
-    from gpu_resource_extensions.leases import Claim, Lease, Leases
+    from gpu_resource_extensions.leases import Lease, Leases
 
 T = TypeVar("T")
 OnWait = Callable[[int, str], None]  # position in line, from 1, and why there is no room yet
@@ -630,10 +630,16 @@ def place(server: Server, task_id: str, gpus: int, cpus: int, start_time: str, r
         "start_time": start_time,
         **(requester or {}),  # type: ignore[typeddict-item]
     }
-    del server["available_gpus"][:gpus]
-    server["available_cpus"] -= cpus
-    server["running_tasks"].append(task)
+    hold(server, task)
     return task
+
+
+def hold(server: Server, task: Task) -> None:
+    """Let ``task`` hold the very GPUs that it names, which are available on ``server``."""
+    held = {*task["allocated_gpus"]}
+    server["available_gpus"] = [gpu for gpu in server["available_gpus"] if gpu not in held]
+    server["available_cpus"] -= task["allocated_cpus"]
+    server["running_tasks"].append(task)
 
 
 def remove_task(server: Server, task: Task) -> None:
@@ -679,13 +685,6 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     for task_id in ended:
         end_task(state, task_id)
     return ended
-
-
-def hold(server: Server, task: Task) -> None:
-    """Let ``task`` hold the very GPUs that it names, which are available on ``server``."""
-    server["available_gpus"] = [gpu for gpu in server["available_gpus"] if gpu not in task["allocated_gpus"]]
-    server["available_cpus"] -= task["allocated_cpus"]
-    server["running_tasks"].append(task)
 
 
 def keep_tasks(state: State, servers: list[Server], kept: Sequence[tuple[Server, Task]]) -> list[str]:
@@ -1161,7 +1160,7 @@ def this_requester(command: str | None = None) -> Requester:
     uid, command = os.getuid(), printable(" ".join(sys.argv) if command is None else command)
     if len(command) > MAX_COMMAND_LENGTH:
         command = command[: MAX_COMMAND_LENGTH - 1] + "…"
-    who: Requester = {"user": _user_name(uid), "uid": uid, "host": host_name(), "pid": os.getpid(), "command": command}
+    who: Requester = {"user": user_name(uid), "uid": uid, "host": host_name(), "pid": os.getpid(), "command": command}
     inside = os.environ.get("GPU_TASK_ID")
     return {**who, "inside": inside} if inside and task_id_problem(inside) is None else who
 
@@ -1175,7 +1174,8 @@ def named_processes(processes: Sequence[dict[str, Any]]) -> str:
 
 
 @cache  # it may have to be asked of a directory service
-def _user_name(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of one without a name."""
     with suppress(KeyError):  # a container may run as a user without a name
         return printable(pwd.getpwuid(uid).pw_name)
     return str(uid)
@@ -1616,12 +1616,13 @@ class GPUResourceManagerV01:
             tasks = placed_tasks(state)
             if tasks and force is False:
                 raise PoolConflictError(self.resource_file, [task["task_id"] for _, task in tasks])
-            living = [(server, task) for server, task in tasks if "lease" in task]  # what has ended is taken back
-            for _, task in living if force else ():
-                self._leases.end_claim(task["lease"])
-            kept = [] if force else living
+            kept = []
             for server, task in tasks:
-                if not any(task is one for _, one in kept):
+                if "lease" in task and not force:  # what has ended is taken back by now
+                    kept.append((server, task))
+                else:
+                    if "lease" in task:
+                        self._leases.end_claim(task["lease"])
                     remove_task(server, task)
             set_waiting(state, [])
             if servers is not None:
@@ -1706,15 +1707,7 @@ class GPUResourceManagerV01:
         """Let the lease say what was granted, if that still stands; the document is locked and holds it."""
         for server, task in placed_tasks(state):
             if task.get("lease") == lease.name:
-                sizes = server["total_gpus"], server["total_cpus"]
-                claim: Claim = {
-                    "task": task,
-                    "server_name": server["server_name"],
-                    "total_gpus": sizes[0],
-                    "total_cpus": sizes[1],
-                    "keeper": keeper,
-                }
-                return lease.say_granted(claim)
+                return lease.say_granted(server, task, keeper)
         raise WaitCancelledError(request["task_id"], shortfall(state, request))
 
     def _stand_in_line(self, request: Request, wait_s: float, on_wait: OnWait | None) -> Allocation:

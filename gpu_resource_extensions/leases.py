@@ -14,14 +14,12 @@ import errno
 import fcntl
 import json
 import os
-import pwd
 import re
 import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, NamedTuple, TypedDict, cast
 
 from gpu_resource_manager_v01 import (
@@ -44,6 +42,7 @@ from gpu_resource_manager_v01 import (
     remove_task,
     set_permissions,
     set_waiting,
+    user_name,
 )
 
 ASKED, GRANTED, RELEASED = b"asked   \n", b"granted \n", b"released\n"  # of one length: each fits in another's place
@@ -159,8 +158,15 @@ class Lease:
     def __init__(self, name: str, descriptor: int) -> None:
         self.name, self.descriptor = name, descriptor
 
-    def say_granted(self, claim: Claim) -> None:
+    def say_granted(self, server: Server, task: Task, keeper: int) -> None:
         """Write what the lease stands for; called once the grant is committed, with the document locked."""
+        claim: Claim = {
+            "task": task,
+            "server_name": server["server_name"],
+            "total_gpus": server["total_gpus"],
+            "total_cpus": server["total_cpus"],
+            "keeper": keeper,
+        }
         os.pwrite(self.descriptor, json.dumps(claim, ensure_ascii=False).encode("utf-8", "backslashreplace"), 9)
         os.pwrite(self.descriptor, GRANTED, 0)  # last: what it says is complete whenever we are killed
 
@@ -227,15 +233,13 @@ class Leases:
         name = record.get("lease")
         if not isinstance(name, str):
             return False
-        if record.get("boot", boot_id()) != boot_id():
-            return _is_local(self.directory)
-        if "boot" not in record and record.get("host") != host_name():  # made by an earlier version
-            return False
+        if not self._is_here(record):
+            return "boot" in record and _is_local(self.directory)
         # Shared, so that two who look at once do not take each other for the holder.
         return self._free(name, fcntl.LOCK_SH)
 
     def _is_here(self, record: Requester) -> bool:
-        """Tell whether the processes of ``record`` run under this kernel."""
+        """Tell whether the processes of ``record`` run under this kernel; an earlier version noted only the host."""
         return record.get("boot") == boot_id() if "boot" in record else record.get("host") == host_name()
 
     def sweep(self, named: Iterable[Requester]) -> None:
@@ -305,22 +309,16 @@ class Leases:
         """Return who holds the lease of each record: as far as we may see, else what the lease itself says."""
         seen, answers = holders([str(record["lease"]) for record in held]), []
         for record in held:
-            tree, ours = seen[record["lease"]], self._ours(record)
+            claim, tree = self.claim(str(record["lease"])), seen[record["lease"]]
+            ours = _ours(claim, record)
             found: list[dict[str, Any]] = [
                 {"pid": process.pid, "user": process.user, "command": process.command}
                 for process in [process for process in tree if process.pid not in ours] or tree
             ]
-            claim = self.claim(str(record["lease"]))
             user = f"{record.get('user')}@{record.get('host')}"
             unseen = {"pid": claim["keeper"] if claim else record.get("pid"), "user": user, "command": ""}
             answers.append(found or [unseen])
         return answers
-
-    def _ours(self, record: Any) -> set[Any]:
-        """Return the pids of ``--run`` and of its keeper, which end by themselves once the job has."""
-        claim = self.claim(str(record["lease"]))
-        has_keeper = claim and claim["keeper"] != record.get("pid")
-        return {claim["keeper"], record.get("pid")} if claim and has_keeper else set()
 
     def stop(self, record: Any, grace_s: float) -> None:
         """End the job of a lease: TERM to its whole tree, KILL after ``grace_s`` to what is left.
@@ -336,7 +334,7 @@ class Leases:
             raise NotStoppableError(task_id, *_ANOTHER_MACHINE, host=record.get("host"))
         was_lost, told = name not in self._names(), set()
         deadline_s = time.monotonic() + grace_s
-        ours = self._ours(record)
+        ours = _ours(self.claim(name), record)
         while not self._free(name, fcntl.LOCK_SH):
             tree = holders([name])[name]
             job = [process for process in tree if process.pid not in ours]
@@ -359,6 +357,12 @@ class Leases:
             raise NotStoppableError(task_id, *_LEASE_IS_LOST)
 
 
+def _ours(claim: Claim | None, record: Any) -> set[Any]:
+    """Return the pids of ``--run`` and of its keeper, which end by themselves once the job has."""
+    pids = {claim["keeper"], record.get("pid")} if claim else set()
+    return pids if len(pids) > 1 else set()  # of a ``with`` block, the one process is the job itself
+
+
 def _is_local(path: str) -> bool:
     """Tell whether ``path`` lies on a file system that only this machine can have mounted."""
     path, kind, depth = os.path.realpath(path), "", -1
@@ -378,7 +382,6 @@ class Process(NamedTuple):
     """One process as ``/proc`` shows it."""
 
     pid: int
-    parent: int
     started: int  # clock ticks after the boot: with the pid, it names one process
     user: str
     command: str
@@ -390,11 +393,7 @@ def holders(names: Sequence[str]) -> dict[str, list[Process]]:
     Descendants, for workers that have closed the descriptor appear nowhere else.
     """
     found: dict[str, set[int]] = {name: set() for name in names}
-    children: dict[int, list[int]] = {}
-    for pid in [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]:
-        process = _stat(pid)
-        if process:
-            children.setdefault(process[0], []).append(pid)
+    for pid in _pids():
         # Of another user, or gone meanwhile.
         with suppress(PermissionError, FileNotFoundError, ProcessLookupError), os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
@@ -402,39 +401,37 @@ def holders(names: Sequence[str]) -> dict[str, list[Process]]:
                     match = LEASE_NAME.search(os.readlink(entry.path))
                     if match and match[1] in found:
                         found[match[1]].add(pid)
-    trees = {}
-    for name, pids in found.items():
-        todo = list(pids)
-        while todo:
-            more = [child for child in children.get(todo.pop(), ()) if child not in pids]
-            pids.update(more)
-            todo += more
-        trees[name] = described(sorted(pids))
-    return trees
+    return {name: described(_family(pids)) for name, pids in found.items()}
 
 
 def descendants(pid: int) -> list[Process]:
     """Return all processes below ``pid``."""
-    parents = {int(entry): _stat(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
-    tree = {pid}
-    while True:
-        more = {child for child, found in parents.items() if found and found[0] in tree} - tree
-        if not more:
-            return described(sorted(tree - {pid}))
-        tree |= more
+    return described(_family({pid}) - {pid})
+
+
+def _family(pids: set[int]) -> set[int]:
+    """Return these processes and all below them."""
+    parents = {pid: found[0] for pid in _pids() if (found := _stat(pid))} if pids else {}
+    while more := {child for child, parent in parents.items() if parent in pids} - pids:
+        pids = pids | more
+    return pids
+
+
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def described(pids: Iterable[int]) -> list[Process]:
     """Return these processes, but for those that have ended."""
     processes = []
-    for pid in pids:
+    for pid in sorted(pids):
         found = _stat(pid)
         with suppress(OSError):
             if found:
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
                     words = file.read(400).replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                user = _user_name(os.stat(f"/proc/{pid}").st_uid)
-                processes.append(Process(pid, *found, user, printable(words) or "?"))
+                user = user_name(os.stat(f"/proc/{pid}").st_uid)
+                processes.append(Process(pid, found[1], user, printable(words) or "?"))
     return processes
 
 
@@ -446,10 +443,3 @@ def _stat(pid: int) -> tuple[int, int] | None:
         if fields[0] not in (b"Z", b"X"):
             return int(fields[1]), int(fields[19])
     return None
-
-
-@cache
-def _user_name(uid: int) -> str:
-    with suppress(KeyError):
-        return printable(pwd.getpwuid(uid).pw_name)
-    return str(uid)

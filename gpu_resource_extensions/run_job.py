@@ -8,7 +8,6 @@ keeper is killed, ``--run`` takes its place; if ``--run`` is killed, the keeper 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -19,13 +18,13 @@ from contextlib import contextmanager, suppress
 from shutil import which
 from typing import Any
 
+from gpu_resource_extensions.leases import LOWEST_DESCRIPTOR
 from gpu_resource_manager_v01 import ResourceManagerError
 
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NAME = 36, 15  # <linux/prctl.h>
 _PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
-_OUT_OF_THE_WAY = 20  # the least descriptor that we use: a caller may have closed 0, and scripts redirect the low ones
 _LEFT_S = 0.25  # after which processes that outlive the command are worth a word
 
 
@@ -61,7 +60,7 @@ class Job:
         """:param report_left: called with the pid below which processes of the job outlive the command."""
         self.words, self.report_left = words, report_left
         self.keeper = self.pid = 0  # 0: not started, or ended and reaped
-        self.takes_over = False  # the keeper was killed
+        self.takes_over = False  # the keeper has not ended by itself
         self.code: int | None = None  # of the command, once it has ended
         self.failure = 0  # errno, if it could not be started
         self._heard = b""
@@ -69,6 +68,8 @@ class Job:
     @contextmanager
     def kept(self, lease: int) -> Iterator[int]:
         """Let a keeper hold the descriptor ``lease``; yield its pid. It ends at once unless :meth:`run` is called."""
+        import ctypes  # a tenth of a start, and ``--export`` has no use for it
+
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it was ignored, nobody would hear of an end
         libc = ctypes.CDLL(None)
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -76,19 +77,21 @@ class Job:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the keeper never takes any
         try:
             for end in (end for _ in range(2) for end in os.pipe()):
-                opened.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY))
+                opened.append(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, LOWEST_DESCRIPTOR))
                 os.close(end)
             self._from_keeper, to_run, from_run, self._to_keeper = opened
             parent = os.getpid()
             self.keeper = os.fork()
             if self.keeper == 0:
+                code = 1
                 try:
                     os.close(self._from_keeper)
                     os.close(self._to_keeper)
                     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
                     _keep(self.words, mask, libc, lease, from_run, to_run, parent)
+                    code = 0
                 finally:
-                    os._exit(0)
+                    os._exit(code)
             opened = [to_run, from_run]
         except OSError as error:
             raise KeeperError(error) from error
@@ -169,7 +172,7 @@ class Job:
         if self.keeper:
             ended, status = os.waitpid(self.keeper, os.WNOHANG)
             if ended:
-                self.keeper, self.takes_over = 0, os.WIFSIGNALED(status)
+                self.keeper, self.takes_over = 0, status != 0
 
     def _leave_the_others(self) -> None:
         """Leave processes that outlive the command to the keeper; without one, stay until they have ended."""
@@ -235,12 +238,14 @@ def _keep(
                 os.waitpid(ended.si_pid, 0)
 
 
-def _let_go_of_the_caller(libc: ctypes.CDLL, kept: set[int]) -> None:
+def _let_go_of_the_caller(libc: Any, kept: set[int]) -> None:
     """Leave the session, the directory, the descriptors and the name of the one who called us.
 
     A session of its own, and only once the command has started: in that of the caller, ``timeout -s KILL`` would
     end us too, and in a group of our own there a stopped job could stay stopped for ever.
     """
+    import ctypes
+
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)

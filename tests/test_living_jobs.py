@@ -495,3 +495,14 @@ def test_too_few_descriptors_are_named_as_such(pool: Path, limit: int) -> None:
     assert result.returncode in (125, 126), result
     assert "ulimit -n" in result.stderr, result.stderr
     assert running(pool) == []
+
+
+def test_keeper_that_breaks_does_not_let_run_wait_for_ever(pool: Path, children: Children) -> None:
+    def work() -> None:
+        job = RunJob(["no\0command"], lambda pid: None)  # a word that no system call takes
+        with GPUResourceManagerV01(pool).allocation("t", 2, 1, keeper=job.kept):
+            assert job.run({}) == 128 + signal.SIGKILL
+
+    assert children.run(work) == 0
+    change(pool)
+    assert running(pool) == []
