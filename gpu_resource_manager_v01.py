@@ -8,7 +8,8 @@ Three guarantees:
 
 :class:`GPUResourceManagerV01` is what others use: ``allocate_resources`` (``None`` if there is no room),
 ``obtain_resources`` (raises instead), ``allocation`` (a ``with`` block), ``release_resources``, ``stop_task``,
-``get_resource_summary``, ``get_detailed_status``, ``reset_resources``.
+``get_resource_summary``, ``get_overview``, ``get_detailed_status``, ``reset_resources``, ``add_server``,
+``remove_server``, ``disable``, ``enable``.
 
 The module reads from top to bottom, one room after the other:
 
@@ -27,6 +28,11 @@ The module reads from top to bottom, one room after the other:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - the first thing that an older one gets to read
+    raise ImportError("Python 3.10 以降が必要です (Python 3.10 or later is needed): " + sys.version.split()[0])
+
 import _thread
 import copyreg
 import errno
@@ -37,9 +43,8 @@ import os
 import pwd
 import re
 import stat
-import sys
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
@@ -55,7 +60,8 @@ ServerDescription = tuple[str, int, int]  # name, number of GPUs, number of CPUs
 
 # --- Constants ------------------------------------------------------------------------------------
 
-FORMAT_VERSION = "0.1"  # the only ``version`` of a document that this module reads and writes
+FORMAT_VERSION = "0.1"  # the ``version`` of a document
+DISABLED_VERSION = "0.1+disabled"  # of one with GPUs out of service, so that an earlier release refuses it
 MIN_GPUS_PER_TASK = 2  # unless the pool was described with another least number
 MAX_GPUS_PER_SERVER = 1024
 MAX_CPUS_PER_SERVER = 65536
@@ -65,6 +71,7 @@ MAX_PASSED_OVER = 32  # a request that later ones have passed over this often is
 PASSED_OVER_GROWTH = 30  # a due request gets one more server each time that count has grown so many times
 RESOURCE_FILE_VARIABLE = "GPU_RESOURCE_FILE"  # names another state file
 SERVER_VARIABLE = "GPU_RESOURCE_SERVER"  # names the server of the pool that this machine is
+LANGUAGE_VARIABLE = "GPU_RESOURCE_LANG"  # "en" for English texts; "ja", as without it, for Japanese ones
 DEFAULT_LOCK_TIMEOUT_S = 60.0
 LOCK_POLL_S = 0.001  # between two attempts to take a lock where we cannot stand in the kernel's queue
 WAIT_POLL_S = 0.25  # between two looks of a waiter at the state file
@@ -86,6 +93,15 @@ def printable(text: str) -> str:
     return re.sub(_UNSAFE_TEXT, "?", text) if is_unsafe(text) else text
 
 
+def say(template: str, /, *facts: object, **named: object) -> str:
+    """Return ``template`` with its facts; it is Japanese here, and the key of its English counterpart."""
+    if os.environ.get(LANGUAGE_VARIABLE) == "en":
+        from gpu_resource_extensions.english import ENGLISH
+
+        template = ENGLISH.get(template, template)
+    return template.format(*facts, **named)
+
+
 # --- Errors: asking, locking, storing -------------------------------------------------------------
 
 
@@ -95,7 +111,7 @@ class ResourceManagerError(Exception):
     template = ""
 
     def __str__(self) -> str:
-        return self.template.format(**vars(self))
+        return say(self.template, **vars(self))
 
     def __reduce__(self) -> Any:  # copied and pickled by the facts, for the constructors differ
         return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
@@ -107,8 +123,8 @@ class InvalidRequestError(ResourceManagerError, ValueError):
     template = "{parameter} {problem}: {value!r}\n  対処: {remedy}"
 
     def __init__(self, parameter: str, value: object, problem: str, remedy: str, **facts: object) -> None:
-        self.parameter, self.value = parameter, value
-        self.problem, self.remedy = problem.format(**facts), remedy.format(**facts)
+        self.parameter, self.value = say(parameter), value
+        self.problem, self.remedy = say(problem, **facts), say(remedy, **facts)
 
 
 class DuplicateTaskError(InvalidRequestError):
@@ -159,10 +175,10 @@ class PoolConflictError(ResourceManagerError):
         self.resource_file, self.task_ids, self.living = resource_file, task_ids, living
 
     def __str__(self) -> str:
-        remedy = "終わるのを待つか、記録を消してよければ --reset --yes を指定してください"
+        remedy = say("終わるのを待つか、記録を消してよければ --reset --yes を指定してください")
         if self.living:
-            remedy = "--stop TASK_ID で終了させるか、記録を消してよければ --reset --yes --force を指定してください"
-        tasks_run = f"実行中のタスクがあります: {', '.join(self.task_ids)}\n  対処: {remedy}"
+            remedy = say("--stop TASK_ID で終了させるか、記録を消してよければ --reset --yes --force を指定してください")
+        tasks_run = say("実行中のタスクがあります: {}\n  対処: {}", ", ".join(self.task_ids), remedy)
         return tasks_run if self.task_ids else super().__str__()
 
 
@@ -172,7 +188,7 @@ class Shortfall:
     def __init__(self, request: Request) -> None:
         self.required_gpus, self.required_cpus = request["required_gpus"], request["required_cpus"]
         #: of each server: ``server_name``, ``eligible`` (it would do if it were idle), what is ``short`` of "GPU"
-        #: and "CPU" (nothing on an eligible one: it is reserved), and its ``running_tasks``
+        #: and "CPU" (nothing on an eligible one: it is reserved), its ``running_tasks``, and what is ``disabled``
         self.servers: list[dict[str, Any]] = []
         self.scattered: tuple[int, int] | None = None  # GPUs and CPUs free on eligible servers, if enough on one
         self.fewest_releases: list[str] = []  # the fewest tasks whose release would make room
@@ -189,24 +205,26 @@ class NoCapacityError(ResourceManagerError, Shortfall):
         self.__dict__.update(vars(shortfall))
 
     def __str__(self) -> str:
-        own = f"タスク {self.own_task} の中で動いているため、{self.own_task} が終わるまで空きません: "
+        own = say("タスク {0} の中で動いているため、{0} が終わるまで空きません: ", self.own_task)
         lines = [(own if self.own_task else "") + super().__str__()]
         for server in self.servers:
-            lacks = "・".join(f"{what} {count} 個" for what, count in server["short"].items() if count)
-            why = f"{lacks}不足" if lacks else "先に待っている要求のために確保中"
-            lines.append(f"  {server['server_name']}: {why if server['eligible'] else '対象外'}")
+            lacks = say("・").join(say("{} {} 個", what, count) for what, count in server["short"].items() if count)
+            why = say("{}不足", lacks) if lacks else say("先に待っている要求のために確保中")
+            lines.append(f"  {server['server_name']}: {why if server['eligible'] else say('対象外')}")
+            if server.get("disabled"):
+                lines[-1] += say(" (使用停止中: GPU {})", ", ".join(server["disabled"]))
             for task in server["running_tasks"] if server["eligible"] else ():
-                held = f"GPU {len(task['allocated_gpus'])} 個・CPU {task['allocated_cpus']} 個"
+                held = len(task["allocated_gpus"]), task["allocated_cpus"], task["start_time"]
                 by = f", {printable(str(task['user']))}" if "user" in task else ""
-                lines.append(f"    {task['task_id']}: {held} ({task['start_time']} から{by})")
+                lines.append(say("    {}: GPU {} 個・CPU {} 個 ({} から{})", task["task_id"], *held, by))
         if self.scattered:
             text = "  空きの合計 (GPU {} 個・CPU {} 個) は足りますが、複数のサーバーに分散しています"
-            lines.append(text.format(*self.scattered))
+            lines.append(say(text, *self.scattered))
         if self.fewest_releases:
             task_ids = ", ".join(self.fewest_releases)
-            lines.append(f"  次の {len(self.fewest_releases)} 件が解放されれば足ります: {task_ids}")
+            lines.append(say("  次の {} 件が解放されれば足ります: {}", len(self.fewest_releases), task_ids))
         if self.waiting:
-            lines.append(f"  先に待っている要求: {self.waiting} 件")
+            lines.append(say("  先に待っている要求: {} 件", self.waiting))
         return "\n".join(lines)
 
 
@@ -248,16 +266,42 @@ class UnusableStateFileError(StateFileError):
     """Storing: what stands in the place of the state file cannot be used until someone resets it."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason, _RESET)
+        super().__init__(path, reason, say(_RESET))
 
 
+class NoPoolError(UnusableStateFileError):
+    """Storing: there is no pool at this place, and it is not to be made without a word."""
+
+    template = "プールがありません: {path}\n  原因: {reason}\n  対処: {remedy}"
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        StateFileError.__init__(self, path, reason, remedy)
+
+
+class MissingPackageError(ResourceManagerError, ImportError):
+    """Locking: ``filelock`` is missing or too old; nothing was touched."""
+
+    template = (
+        "必要なパッケージを読み込めません: {reason}\n"
+        "  対処: filelock 3.30 以降を、この Python ({python}) に pip でインストールしてください"
+    )
+
+    def __init__(self, error: ImportError) -> None:
+        self.reason, self.python = str(error), sys.executable
+
+
+_FROM_MADE_UP = (
+    "架空のサーバーから割り当てました: %s (実際の計算機は --reset --detect か --reset --server NAME:GPUS:CPUS で登録)"
+)
 _LACKING = "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください"
 UNKNOWN_TASK = "タスクが見つかりません: %s"
 # For InvalidRequestError: the problem, and what to do.
 _NO_PATH = "がファイルのパスではありません", "パスを文字列で指定してください"
+_RELATIVE = "が絶対パスではありません", "/ で始まる状態ファイルのパスを指定してください"
+_NO_LANGUAGE = "の言語はありません", "ja か en を指定するか、指定をやめてください"
 _NO_SECONDS = "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください"
 _OUT_OF_RANGE = "が正しくありません", "{least}-{most} の整数を指定してください"
-_NO_NAME = "{why}", f"制御文字を含まず - で始まらない 1-{MAX_TASK_ID_LENGTH} 文字の文字列を指定してください"
+_NO_NAME = "{why}", "制御文字を含まず - で始まらない 1-{most} 文字の文字列を指定してください"
 _TASK_ID_TAKEN = "は既に実行中または待機中です", "別のタスクIDを使うか、先に解放してください"
 _NO_SERVERS = "が空か、同じ名前が重複しています", "異なる名前を指定してください"
 _UNKNOWN_SERVER = "のサーバーはありません", "{known} のいずれかを指定してください"
@@ -267,20 +311,30 @@ _TOO_MUCH_AT_ONCE = (
 )
 _NOT_THIS_MACHINE = (
     "が正しくありません。{why} (登録済み: {known})",
-    f"{SERVER_VARIABLE} でサーバー名を指定するか、--init --detect または "
-    "--init --server NAME:GPUS:CPUS で実際の計算機を登録してください",
+    "GPU_RESOURCE_SERVER でサーバー名を指定するか、--add-server NAME:GPUS:CPUS でこの計算機を登録してください",
 )
 _NO_SERVER, _ANOTHER_SERVER = "この計算機 ({}) にあたるサーバーがありません", "この計算機はサーバー {} です"
 _SEVERAL_SERVERS = "この計算機にあたるサーバーが複数あります"
 _TWO_SERVERS = (
     "は使えません。この計算機は既にサーバー {name} として使われています",
-    f"{SERVER_VARIABLE} に {{name}} を指定してください",
+    "GPU_RESOURCE_SERVER に {name} を指定してください",
 )
 # For StateFileError.
-_RESET = "内容を直すか、python cli_v01.py --reset --yes で作り直してください (元のファイルは保存されます)"
+_RESET = "内容を直すか、--reset --yes で作り直してください (元のファイルは保存されます)"
+_MAKE_POOL = (
+    "GPU_RESOURCE_FILE と /etc/gpu-resource-file が正しいか確認し、新しく作るなら "
+    "--init --detect か --init --server NAME:GPUS:CPUS を実行してください"
+)
+_MAKE_DIRECTORY = "GPU_RESOURCE_FILE と /etc/gpu-resource-file が正しいか確認し、正しければディレクトリを作ってください"
+_NO_PLACE = (
+    "インストールしたツールには、プールの場所の指定が要ります",
+    "/etc/gpu-resource-file の 1 行目か GPU_RESOURCE_FILE に、状態ファイルの絶対パスを書いてください",
+)
+_EMPTY_MACHINE_FILE = "1 行目が空です", "1 行目に状態ファイルの絶対パスを書くか、このファイルを消してください"
+_MACHINE_FILE_UNREADABLE = "このファイルを読めるようにするか、消してください"
 _IS_DIRECTORY = (
     "ディレクトリです",
-    f"{RESOURCE_FILE_VARIABLE} には、ディレクトリではなく状態ファイルのパスを指定してください",
+    "GPU_RESOURCE_FILE や /etc/gpu-resource-file には、ディレクトリではなく状態ファイルのパスを指定してください",
 )
 _NO_REGULAR_FILE, _MOVED = "通常のファイルではありません", "待っている間に移動されました"
 _UNWRITABLE = "書き込めない内容です ({})", "ファイルは変更していません。内容を確認してください"
@@ -316,7 +370,7 @@ def failures_reported(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         remedies = [remedy for codes, remedy in _REMEDIES.items() if error.errno in codes]
-        raise StateFileError(path, _os_reason(error), *remedies or [_OTHER_REMEDY]) from error
+        raise StateFileError(path, _os_reason(error), say(*remedies or [_OTHER_REMEDY])) from error
 
 
 @cache
@@ -361,6 +415,7 @@ class Task(Requester):
 
 class _Known(TypedDict, total=False):
     boot: str  # of the machine that it was when its last local job was placed
+    disabled: dict[str, str]  # why, of each GPU index that gets nothing new; a task may hold it until it ends
 
 
 class Server(_Known):
@@ -369,7 +424,7 @@ class Server(_Known):
     server_id: int
     server_name: str
     total_gpus: int
-    available_gpus: list[int]  # indices, ascending
+    available_gpus: list[int]  # indices, ascending; no ``disabled`` ones
     total_cpus: int
     available_cpus: int
     running_tasks: list[Task]
@@ -384,6 +439,7 @@ class Request(Requester):
     prefer_server_id: int | None
     only_server_name: str | None  # no other will do; by name, for a reset may number other servers
     passed_over: int  # how many later requests were placed on a server that would have done for this one
+    asked_time: str | None  # as ``start_time``
 
 
 class _Optional(TypedDict, total=False):
@@ -430,6 +486,7 @@ def new_request(task_id: str, gpus: int, cpus: int, prefer_server_id: int | None
         "prefer_server_id": prefer_server_id,
         "only_server_name": None,
         "passed_over": 0,
+        "asked_time": None,
         **who,  # type: ignore[typeddict-item]
     }
 
@@ -446,17 +503,17 @@ def parse_json(data: bytes) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
     except UnicodeDecodeError as error:
-        raise ValueError(f"UTF-8 として読めません ({error.start} バイト目)") from error
+        raise ValueError(say("UTF-8 として読めません ({} バイト目)", error.start)) from error
     except RecursionError as error:
-        raise ValueError("JSON の入れ子が深すぎます") from error
+        raise ValueError(say("JSON の入れ子が深すぎます")) from error
     except ValueError as error:
-        raise ValueError(f"JSON として読めません ({error})") from error
+        raise ValueError(say("JSON として読めません ({})", error)) from error
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):  # NaN, Infinity, 1e400: JSON could not hold it when we write again
-        raise ValueError(f"{text} は有限の数ではありません")
+        raise ValueError(say("{} は有限の数ではありません", text))
     return number
 
 
@@ -478,20 +535,21 @@ def encode_state(state: State, before: State | None = None) -> bytes:
 def check_state(document: Any, before: State | None = None) -> None:
     """Check types, ranges and the invariant of a decoded document.
 
-    The invariant: on every server each GPU index from 0 to ``total_gpus`` - 1 is either available or held by
-    exactly one task, both lists ascending; available CPUs and the tasks' CPUs add up to ``total_cpus``; a
-    ``server_id`` occurs once, and so does a ``task_id``, be it running or waiting.
+    The invariant: on every server each GPU index from 0 to ``total_gpus`` - 1 is either available, or held by
+    exactly one task, or disabled and idle; all lists ascending; available CPUs and the tasks' CPUs add up to
+    ``total_cpus``; a ``server_id`` occurs once, and so does a ``task_id``, be it running or waiting.
 
     :param before: a checked document; a server that is equal to the one in its place is not checked again.
     :raises ValueError: it does not hold; the text names the place and the reason.
     """
     place: tuple[Any, ...] = ("最上位",)  # named only when something is wrong there
     try:
-        if isinstance(document, dict) and document.get("version") != FORMAT_VERSION:
-            raise ValueError(f"version {document.get('version')!r} には対応していません ({FORMAT_VERSION!r} のみ)")
+        known = FORMAT_VERSION, DISABLED_VERSION
+        if isinstance(document, dict) and document.get("version") not in known:
+            raise ValueError(say("version {!r} には対応していません ({} のみ)", document.get("version"), known))
         check_record(document, State)
         if not document["servers"]:
-            raise ValueError("servers が空です")
+            raise ValueError(say("servers が空です"))
         sound: Sequence[Server] = before["servers"] if before else ()
         seen: set[object] = set()
         for number, server in enumerate(document["servers"]):
@@ -512,10 +570,10 @@ def check_state(document: Any, before: State | None = None) -> None:
             place = "waiting[{}]", number
             check_record(request, Request)
             if type(request.get("lease")) is not str:
-                raise ValueError("lease の型が str ではありません")
+                raise ValueError(say("lease の型が str ではありません"))
             _check_new(request, "task_id", seen)
     except ValueError as error:
-        raise ValueError(f"{place[0].format(*place[1:])}: {error}") from None
+        raise ValueError(f"{say(*place)}: {error}") from None
 
 
 @cache
@@ -537,20 +595,23 @@ def _kinds(record: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
 def check_record(record: Any, declared: Any) -> None:
     """:raises ValueError: ``record`` is not of the type ``declared`` above; the text names the key."""
     if not isinstance(record, dict):
-        raise ValueError("JSON オブジェクトではありません")
+        raise ValueError(say("JSON オブジェクトではありません"))
     for key, (types, needed) in _kinds(declared).items():
         value: Any = record.get(key)
         kind, problem = type(value), None
         if key not in record:
-            problem = "がありません" * needed
+            problem = say("がありません") if needed else None
         elif kind not in types:  # exactly: ``True`` is an int to isinstance
-            problem = f"の型が {' | '.join(allowed.__name__ for allowed in types)} ではありません"
+            problem = say("の型が {} ではありません", " | ".join(allowed.__name__ for allowed in types))
         elif kind is int and value < 0:
-            problem = f"が負の数です ({value})"
+            problem = say("が負の数です ({})", value)
         elif kind is str:
-            problem = task_id_problem(value) if key == "task_id" else "に制御文字が含まれています" * is_unsafe(value)
+            if key == "task_id":
+                problem = task_id_problem(value)
+            elif is_unsafe(value):
+                problem = say("に制御文字が含まれています")
         elif kind is list and key.endswith("_gpus") and not _is_ascending(value):
-            problem = "が 0 以上の整数の昇順リストではありません"
+            problem = say("が 0 以上の整数の昇順リストではありません")
         if problem:
             raise ValueError(f"{key} {problem}")
 
@@ -566,33 +627,45 @@ def _is_ascending(indices: list[Any]) -> bool:
 
 def _check_sums(server: Server) -> None:
     gpus, cpus = [*server["available_gpus"]], server["available_cpus"]
+    disabled = {index for index, why in server.get("disabled", {}).items() if type(why) is str and not is_unsafe(why)}
+    if disabled != {*map(str, gpu_set(server.get("disabled", {})))} or disabled & {*map(str, gpus)}:
+        raise ValueError(say("disabled が、空いていない GPU の番号と理由の組ではありません"))
     for task in server["running_tasks"]:
         gpus += task["allocated_gpus"]
         cpus += task["allocated_cpus"]
+    gpus += gpu_set(disabled).difference(gpus)
     # The length ahead of the range: a hand-written total of 10**12 must not make us build such a list.
     if len(gpus) != server["total_gpus"] or sorted(gpus) != list(range(len(gpus))):
-        raise ValueError("GPU 0 から total_gpus - 1 までが、available_gpus と allocated_gpus に一度ずつ現れていません")
+        problem = (
+            "GPU 0 から total_gpus - 1 までが、available_gpus と allocated_gpus (と disabled) に一度ずつ現れていません"
+        )
+        raise ValueError(say(problem))
     if cpus != server["total_cpus"]:
-        raise ValueError("空きと割り当て済みの CPU の合計が total_cpus と一致しません")
+        raise ValueError(say("空きと割り当て済みの CPU の合計が total_cpus と一致しません"))
+
+
+def gpu_set(disabled: Iterable[str]) -> set[int]:
+    """Return the GPU indices among the keys of ``disabled``."""
+    return {int(index) for index in disabled if index.isascii() and index.isdigit() and len(index) < 5}
 
 
 def _check_new(record: Any, key: str, seen: set[object]) -> None:
     if record[key] in seen:  # numbers of servers and names of tasks: never equal
-        raise ValueError(f"{key} {record[key]!r} が重複しています")
+        raise ValueError(say("{} {!r} が重複しています", key, record[key]))
     seen.add(record[key])
 
 
 def task_id_problem(value: object) -> str | None:
     """Say what is wrong with a ``task_id``, or return ``None``: what we store can be shown and released."""
     if not isinstance(value, str):
-        return "が文字列ではありません"
+        return say("が文字列ではありません")
     if not value.strip():
-        return "が空です"
+        return say("が空です")
     if len(value) > MAX_TASK_ID_LENGTH:
-        return f"が {MAX_TASK_ID_LENGTH} 文字を超えています"
+        return say("が {} 文字を超えています", MAX_TASK_ID_LENGTH)
     if value.startswith("-"):
-        return "は - で始められません"
-    return "に制御文字または不正な文字が含まれています" if is_unsafe(value) else None
+        return say("は - で始められません")
+    return say("に制御文字または不正な文字が含まれています") if is_unsafe(value) else None
 
 
 # --- Decisions: pure functions, no file, clock, lock or process -----------------------------------
@@ -635,7 +708,7 @@ def place(server: Server, task_id: str, gpus: int, cpus: int, start_time: str, r
 
 
 def hold(server: Server, task: Task) -> None:
-    """Let ``task`` hold the very GPUs that it names, which are available on ``server``."""
+    """Let ``task`` hold the very GPUs that it names, which no task holds on ``server``."""
     held = {*task["allocated_gpus"]}
     server["available_gpus"] = [gpu for gpu in server["available_gpus"] if gpu not in held]
     server["available_cpus"] -= task["allocated_cpus"]
@@ -643,10 +716,17 @@ def hold(server: Server, task: Task) -> None:
 
 
 def remove_task(server: Server, task: Task) -> None:
-    """Make what ``task`` held on ``server`` available again, GPU indices in ascending order."""
-    server["available_gpus"] = sorted(server["available_gpus"] + task["allocated_gpus"])
+    """Take back what ``task`` held on ``server``; what is in service is available again, in ascending order."""
+    freed = {*task["allocated_gpus"]} - gpu_set(server.get("disabled", ()))
+    server["available_gpus"] = sorted({*server["available_gpus"]} | freed)
     server["available_cpus"] += task["allocated_cpus"]
     server["running_tasks"].remove(task)
+
+
+def unheld_gpus(server: Server) -> set[int]:
+    """Return the GPUs of ``server`` that no task holds, in service or not."""
+    held = {gpu for task in server["running_tasks"] for gpu in task["allocated_gpus"]}
+    return {*range(server["total_gpus"])} - held
 
 
 def placed_tasks(state: State) -> list[tuple[Server, Task]]:
@@ -685,20 +765,6 @@ def reclaim(state: State, is_ended: Callable[[Requester], bool]) -> list[str]:
     for task_id in ended:
         end_task(state, task_id)
     return ended
-
-
-def keep_tasks(state: State, servers: list[Server], kept: Sequence[tuple[Server, Task]]) -> list[str]:
-    """Replace the servers of the pool; return the tasks of ``kept`` that would find no place on the new ones."""
-    homeless = []
-    for old, task in kept:
-        server = next((one for one in servers if one["server_name"] == old["server_name"]), None)
-        has_room = server and server["available_cpus"] >= task["allocated_cpus"]
-        if server and has_room and {*task["allocated_gpus"]} <= {*server["available_gpus"]}:
-            hold(server, task)
-        else:
-            homeless.append(task["task_id"])
-    state["servers"] = servers
-    return homeless
 
 
 class Allocation(TypedDict):
@@ -790,12 +856,17 @@ def reserved_servers(state: State, waiting: Sequence[Request], max_passed_over: 
 
 
 def could_hold(server: Server, request: Request) -> bool:
-    """Tell whether ``server`` would do for ``request`` if it were idle."""
+    """Tell whether what is in service of ``server`` would do for ``request`` if it were idle."""
     return (
-        server["total_gpus"] >= request["required_gpus"]
+        server["total_gpus"] - len(server.get("disabled", ())) >= request["required_gpus"]
         and server["total_cpus"] >= request["required_cpus"]
         and request.get("only_server_name") in (None, server["server_name"])
     )
+
+
+def could_ever_hold(server: Server, request: Request) -> bool:
+    """Tell whether ``server`` would do for ``request`` if it were idle and all of it in service."""
+    return could_hold({**server, "disabled": {}}, request)
 
 
 def missing(server: Server, request: Request) -> tuple[int, int]:
@@ -814,13 +885,25 @@ def check_name(parameter: str, value: object) -> None:
     """:raises InvalidRequestError: ``value`` is no text that a task or a server can be called."""
     why = task_id_problem(value)
     if why:
-        raise InvalidRequestError(parameter, value, *_NO_NAME, why=why)
+        raise InvalidRequestError(parameter, value, *_NO_NAME, why=why, most=MAX_TASK_ID_LENGTH)
 
 
 def check_int(parameter: str, value: object, least: int, most: int) -> None:
     """:raises InvalidRequestError: ``value`` is no ``int`` from ``least`` to ``most``."""
     if type(value) is not int or not least <= value <= most:  # exactly int: ``True`` is one to isinstance
         raise InvalidRequestError(parameter, value, *_OUT_OF_RANGE, least=least, most=most)
+
+
+def check_description(name: object, gpus: object, cpus: object) -> None:
+    """:raises InvalidRequestError: no server can be called so, or have as much."""
+    check_name("サーバー名", name)
+    check_int("サーバーの GPU 数", gpus, 1, MAX_GPUS_PER_SERVER)
+    check_int("サーバーの CPU 数", cpus, 1, MAX_CPUS_PER_SERVER)
+
+
+def has_disabled(server: Server) -> bool:
+    """Tell whether a GPU of ``server`` is out of service."""
+    return bool(server.get("disabled"))
 
 
 def limits(state: State) -> tuple[int, int, int]:
@@ -838,7 +921,7 @@ def check_request(state: State, request: Request) -> None:
     least, most, most_cpus = limits(state)
     check_int("required_gpus", request["required_gpus"], least, most)
     check_int("required_cpus", request["required_cpus"], 1, most_cpus)
-    if not any(could_hold(server, request) for server in state["servers"]):
+    if not any(could_ever_hold(server, request) for server in state["servers"]):
         amounts = request["required_gpus"], request["required_cpus"]
         raise InvalidRequestError("(required_gpus, required_cpus)", amounts, *_TOO_MUCH_AT_ONCE)
 
@@ -856,9 +939,9 @@ def server_of_host(state: State, host: str, named: str | None, boot: str = "") -
     found = [server for server in servers if server["server_name"] == named] if named else by_host or by_boot
     why = ""
     if len(found) != 1:
-        why = _SEVERAL_SERVERS if found else _NO_SERVER.format(host)
+        why = say(_SEVERAL_SERVERS) if found else say(_NO_SERVER, host)
     elif by_host and found != by_host:
-        why = _ANOTHER_SERVER.format(by_host[0]["server_name"])
+        why = say(_ANOTHER_SERVER, by_host[0]["server_name"])
     if why:
         known = ", ".join(server["server_name"] for server in servers)
         raise InvalidRequestError("server", named or host, *_NOT_THIS_MACHINE, why=why, known=known)
@@ -891,7 +974,7 @@ def ask(state: State, request: Request) -> Allocation | Shortfall:
     check_one_machine(state, request)
     if any(record["task_id"] == request["task_id"] for record in records(state)):
         raise DuplicateTaskError(request["task_id"])
-    set_waiting(state, [*state.get("waiting", ()), request.copy()])
+    set_waiting(state, [*state.get("waiting", ()), {**request, "asked_time": state["last_updated"]}])
     admit(state)
     return outcome(state, request)
 
@@ -929,20 +1012,15 @@ def unbind(state: State, request: Request) -> None:
             del task["lease"]
 
 
-def _granted(answer: Allocation | Shortfall) -> Allocation:
-    if isinstance(answer, Shortfall):
-        raise NoCapacityError(answer)
-    return answer
-
-
 def shortfall(state: State, request: Request) -> Shortfall:
     """Return why ``request`` is not placed now: what is short, who holds it, and what would help."""
     facts = Shortfall(request)
     usable = [server for server in state["servers"] if could_hold(server, request)]
     for server in state["servers"]:
         short = dict(zip(("GPU", "CPU"), missing(server, request), strict=True))
-        row = {"server_name": server["server_name"], "eligible": could_hold(server, request)}
-        facts.servers.append({**row, "short": short, "running_tasks": server["running_tasks"]})
+        row = {"server_name": server["server_name"], "eligible": could_ever_hold(server, request), "short": short}
+        disabled = {"disabled": server["disabled"]} if server.get("disabled") else {}
+        facts.servers.append({**row, "running_tasks": server["running_tasks"], **disabled})
     fewest = min((fewest_releases(server, *missing(server, request)) for server in usable), key=len, default=[])
     facts.fewest_releases = [task["task_id"] for task in fewest]  # none where there is room, kept for others
     free = sum(len(server["available_gpus"]) for server in usable), sum(server["available_cpus"] for server in usable)
@@ -964,10 +1042,11 @@ def fewest_releases(server: Server, gpus: int, cpus: int) -> list[Task]:
 
     Of all sets of n tasks with the same GPUs only the one with the most CPUs can matter: O(tasks² · gpus).
     """
+    disabled = gpu_set(server.get("disabled", ()))
     best: dict[tuple[int, int], tuple[int, list[Task]]] = {(0, 0): (0, [])}
     for task in server["running_tasks"]:
         for (count, held_gpus), (held_cpus, tasks) in list(best.items()):
-            key = (count + 1, min(gpus, held_gpus + len(task["allocated_gpus"])))
+            key = (count + 1, min(gpus, held_gpus + len({*task["allocated_gpus"]} - disabled)))
             more = held_cpus + task["allocated_cpus"]
             if key not in best or more > best[key][0]:
                 best[key] = (more, [*tasks, task])
@@ -978,27 +1057,57 @@ def fewest_releases(server: Server, gpus: int, cpus: int) -> list[Task]:
 def summarize(state: State) -> dict[str, Any]:
     """Count what the pool and each server have and have left, as ``get_resource_summary`` returns it."""
 
-    def used(available: int, total: int) -> str:
-        return f"{100 * (total - available) / total if total else 0:.1f}%"
+    def used(total: int, held: int) -> str:
+        return f"{100 * held / total if total else 0:.1f}%"
 
-    servers: list[dict[str, Any]] = [
-        {
+    rows: list[dict[str, Any]] = []
+    for server in state["servers"]:
+        disabled, tasks = server.get("disabled", {}), server["running_tasks"]
+        held_gpus = sum(len(task["allocated_gpus"]) for task in tasks)
+        row = {
             "server_id": server["server_id"],
             "server_name": server["server_name"],
             "total_gpus": server["total_gpus"],
             "available_gpus": len(server["available_gpus"]),
-            "gpu_utilization": used(len(server["available_gpus"]), server["total_gpus"]),
+            "gpu_utilization": used(server["total_gpus"], held_gpus),
             "total_cpus": server["total_cpus"],
-            "available_cpus": server["available_cpus"],
-            "cpu_utilization": used(server["available_cpus"], server["total_cpus"]),
-            "running_tasks": len(server["running_tasks"]),
+            # Where every GPU is out of service, nothing can be placed.
+            "available_cpus": 0 if disabled and len(disabled) == server["total_gpus"] else server["available_cpus"],
+            "cpu_utilization": used(server["total_cpus"], server["total_cpus"] - server["available_cpus"]),
+            "running_tasks": len(tasks),
         }
-        for server in state["servers"]
-    ]
+        rows.append({**row, "disabled": disabled} if disabled else row)
     counted = ("total_gpus", "available_gpus", "total_cpus", "available_cpus", "running_tasks")
-    totals = {f"total_{key.removeprefix('total_')}": sum(row[key] for row in servers) for key in counted}
+    totals = {f"total_{key.removeprefix('total_')}": sum(row[key] for row in rows) for key in counted}
     waiting = {"total_waiting": len(state["waiting"])} if state.get("waiting") else {}
-    return {"total_servers": len(servers), **totals, "servers": servers, **waiting}
+    return {"total_servers": len(rows), **totals, "servers": rows, **waiting}
+
+
+def overview(state: State) -> dict[str, Any]:
+    """Say what the pool is, count it, and list who holds or waits for what, as ``get_overview`` returns it."""
+    tasks: list[dict[str, Any]] = []
+    for server, task in placed_tasks(state):
+        kind = "job" if "lease" in task else "reservation"
+        tasks.append({"server_name": server["server_name"], "kind": kind, **task})
+    line = state.get("waiting", [])
+    tasks += [{"server_name": request.get("only_server_name"), "kind": "waiting", **request} for request in line]
+    return {
+        **summarize(state),
+        "min_gpus_per_task": limits(state)[0],
+        "last_updated": state["last_updated"],
+        "made_up": is_made_up(state["servers"]),
+        "tasks": tasks,
+    }
+
+
+def descriptions(servers: Sequence[Any]) -> list[ServerDescription]:
+    """Return name, GPUs and CPUs of each server of a document or of a summary."""
+    return [(server["server_name"], server["total_gpus"], server["total_cpus"]) for server in servers]
+
+
+def is_made_up(servers: Sequence[Any]) -> bool:
+    """Tell whether these are the servers of a pool that nobody has described."""
+    return descriptions(servers) == descriptions(new_state()["servers"])
 
 
 # --- This machine: files, locks, processes --------------------------------------------------------
@@ -1089,7 +1198,11 @@ def lock_in_time(descriptor: int, deadline_s: float) -> bool:
     descriptor once we have given up. Until it is gone further waits of this process do poll: one who tries
     again and again behind a stopped process must not collect threads.
     """
-    from filelock import lock_descriptor  # half of a start, and reading a pool has no use for it
+    try:
+        from filelock import lock_descriptor  # half of a start, and reading a pool has no use for it
+    except ImportError as error:
+        os.close(descriptor)
+        raise MissingPackageError(error) from error
 
     had = given_up = False
     failures: list[OSError] = []
@@ -1165,12 +1278,35 @@ def this_requester(command: str | None = None) -> Requester:
     return {**who, "inside": inside} if inside and task_id_problem(inside) is None else who
 
 
+def named_place(machine_file: str) -> str | None:
+    """Return the place of the pool that the environment names, else the first line of ``machine_file``.
+
+    :returns: ``None`` if the variable is unset or empty and there is no such file.
+    :raises StateFileError: the file is of no use; it is never skipped, for then there would be two pools.
+    :raises InvalidRequestError: the place depends on the current directory.
+    """
+    named_by, place = RESOURCE_FILE_VARIABLE, os.environ.get(RESOURCE_FILE_VARIABLE, "")
+    if not place:
+        try:
+            with open(machine_file, encoding="utf-8", errors="surrogateescape") as file:
+                named_by, place = machine_file, file.readline().strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateFileError(machine_file, _os_reason(error), say(_MACHINE_FILE_UNREADABLE)) from error
+        if not place:
+            raise StateFileError(machine_file, *map(say, _EMPTY_MACHINE_FILE))
+    if not os.path.isabs(place):
+        raise InvalidRequestError(named_by, place, *_RELATIVE)
+    return place
+
+
 def named_processes(processes: Sequence[dict[str, Any]]) -> str:
     """Return a line that names these processes, and how many more there are."""
     words = [
         f"PID {process['pid']} ({process['user']}) {process['command'][:60]}".rstrip() for process in processes[:3]
     ]
-    return ", ".join(words) + (f" 他 {len(processes) - 3} 件" if len(processes) > 3 else "")
+    return ", ".join(words) + (say(" 他 {} 件", len(processes) - 3) if len(processes) > 3 else "")
 
 
 @cache  # it may have to be asked of a directory service
@@ -1208,11 +1344,15 @@ class Store(Protocol):
 
         :param instead_of_unusable: what to change if there is no valid document, whose place is then kept aside
         :raises LockTimeoutError: other changes took longer than we were told to wait.
-        :raises UnusableStateFileError: there is no valid document; it is left as it is.
+        :raises NoPoolError: there is nothing in the place of the document.
+        :raises UnusableStateFileError: what is there is no valid document; it is left as it is.
         """
 
     def version_mark(self) -> object:
-        """Return what is another one after every change; much cheaper than to read."""
+        """Return what is another one after every change; much cheaper than to read.
+
+        :raises NoPoolError: there is nothing in the place of the document.
+        """
 
 
 def open_store(place: str, lock_timeout_s: float, lock_name: str = LOCK_FILE) -> Store:
@@ -1270,8 +1410,17 @@ class JsonFileStore(Store):
 
     def version_mark(self) -> object:
         with failures_reported(self.path):
-            found = os.stat(self.path)
+            try:
+                found = os.stat(self.path)
+            except FileNotFoundError as error:
+                raise self._unusable(self.path, error) from error
             return found.st_ino, found.st_mtime_ns
+
+    def _unusable(self, path: str, error: OSError) -> StateFileError:
+        if os.path.lexists(path):
+            return UnusableStateFileError(self.path, _os_reason(error))
+        remedy = _MAKE_POOL if os.path.isdir(os.path.dirname(path)) else _MAKE_DIRECTORY
+        return NoPoolError(self.path, _os_reason(error), say(remedy))
 
     def _real_path(self) -> str:
         """Return where the document really lies, for a link stays a link, and two links share one lock.
@@ -1293,14 +1442,14 @@ class JsonFileStore(Store):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EACCES, errno.ELOOP, errno.ENXIO):
-                raise UnusableStateFileError(self.path, _os_reason(error)) from error
+                raise self._unusable(path, error) from error
             raise  # a disk or a limit that fails now says nothing about the file
         try:
             found, data = os.fstat(descriptor), b""
             if stat.S_ISDIR(found.st_mode):  # never moved, not even by a reset
-                raise StateFileError(self.path, *_IS_DIRECTORY)
+                raise StateFileError(self.path, *map(say, _IS_DIRECTORY))
             if not stat.S_ISREG(found.st_mode):
-                raise UnusableStateFileError(self.path, _NO_REGULAR_FILE)
+                raise UnusableStateFileError(self.path, say(_NO_REGULAR_FILE))
             while len(data) < found.st_size and (part := os.read(descriptor, found.st_size - len(data))):
                 data += part
         finally:
@@ -1323,7 +1472,7 @@ class JsonFileStore(Store):
             held = self._held(directory, lock_file, deadline_s)
             with held, self._held(self._open_lock_file(lock_file), lock_file, deadline_s):
                 if not os.path.samestat(os.fstat(directory), os.stat(parent)):
-                    raise OSError(errno.ESTALE, _MOVED, parent)
+                    raise OSError(errno.ESTALE, say(_MOVED), parent)
                 yield path, directory
 
     @staticmethod
@@ -1352,18 +1501,18 @@ class JsonFileStore(Store):
         try:
             data = memoryview(encode_state(state, before))
         except ValueError as error:
-            raise StateFileError(self.path, _UNWRITABLE[0].format(error), _UNWRITABLE[1]) from error
+            raise StateFileError(self.path, say(_UNWRITABLE[0], error), say(_UNWRITABLE[1])) from error
         with new_in_place(path) as descriptor:
             while data:
                 data = data[os.write(descriptor, data) :]
             os.fsync(descriptor)
             aside = "" if before else _keep_aside(path)
         if aside:
-            log().warning("使えない状態ファイルを %s に保存し、作り直しました", aside)
+            log().warning(say("使えない状態ファイルを %s に保存し、作り直しました"), aside)
         try:
             os.fsync(directory)
         except OSError as error:
-            raise StateFileError(self.path, _UNCONFIRMED[0].format(_os_reason(error)), _UNCONFIRMED[1]) from error
+            raise StateFileError(self.path, say(_UNCONFIRMED[0], _os_reason(error)), say(_UNCONFIRMED[1])) from error
 
 
 # --- The manager ----------------------------------------------------------------------------------
@@ -1376,17 +1525,22 @@ class GPUResourceManagerV01:
     and no open file. Every method may raise :class:`StateFileError`, and those that change something
     :class:`LockTimeoutError`: see :class:`Store`.
 
-    :param resource_file: the state file; by default the one that the environment variable ``GPU_RESOURCE_FILE``
-        names, else ``resource_status.json`` beside this module. It is made when there is none, never overwritten.
+    :param resource_file: the state file. By default the one that the environment variable ``GPU_RESOURCE_FILE``
+        names, else the first line of ``/etc/gpu-resource-file``, else ``resource_status.json`` beside this module.
     :param lock_timeout_s: seconds to wait for the lock, 0-1e9, or ``math.inf``.
     :param servers: name, GPUs (1-1024) and CPUs (1-65536) of each server of a pool that is made; by default
         ``TOTAL_SERVERS`` made-up ones.
-    :param min_gpus: the least number of GPUs that a task of a pool that is made may ask for.
+    :param min_gpus: the least number of GPUs that a task of a pool that is made may ask for; by default 1, and 2 on
+        the made-up servers.
+    :param create: make the pool where there is none; ``False``: look at what would be made. By default it is made,
+        but where the environment or this machine names the place only if it is described. Never overwritten.
     :raises InvalidRequestError: a parameter is of no use.
+    :raises NoPoolError: there is no pool at the place that the environment or this machine names.
     :raises PoolConflictError: there is a pool already, and it is not as described.
     """
 
     RESOURCE_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "resource_status.json")
+    MACHINE_FILE = "/etc/gpu-resource-file"  # its first line names the pool of this machine
     LOCK_FILE = LOCK_FILE  # in the directory of the state file
     TOTAL_SERVERS, GPUS_PER_SERVER, CPUS_PER_SERVER = 4, 8, 64  # of a pool that nobody has described
 
@@ -1397,20 +1551,41 @@ class GPUResourceManagerV01:
         *,
         servers: Sequence[ServerDescription] | None = None,
         min_gpus: int | None = None,
+        create: bool | None = None,
     ) -> None:
-        path = os.environ.get(RESOURCE_FILE_VARIABLE) or self.RESOURCE_FILE if resource_file is None else resource_file
+        language = os.environ.get(LANGUAGE_VARIABLE)
+        if language not in (None, "", "ja", "en"):
+            raise InvalidRequestError(LANGUAGE_VARIABLE, language, *_NO_LANGUAGE)
+        named = named_place(self.MACHINE_FILE) if resource_file is None else None
+        path = named or self.RESOURCE_FILE if resource_file is None else resource_file
         path = os.fspath(path) if isinstance(path, os.PathLike) else path
         if not isinstance(path, str) or not path or "\0" in path:
             raise InvalidRequestError("resource_file", path, *_NO_PATH)
+        if resource_file is named is None and {"site-packages", "dist-packages"} & {*path.split(os.sep)}:
+            raise NoPoolError(path, *map(say, _NO_PLACE))
         check_seconds("lock_timeout_s", lock_timeout_s)
         described = self._described(servers, min_gpus)
-        self._store = open_store(path, lock_timeout_s, self.LOCK_FILE)
+        self._store, self._is_made_up = open_store(path, lock_timeout_s, self.LOCK_FILE), False
         self.resource_file = self._store.path
-        self._store.create(described)
-        if servers is not None or min_gpus is not None:
+        is_described = servers is not None or min_gpus is not None
+        self._shown_if_missing = described if create is False and named is None else None
+        if min_gpus is not None:
+            there_is = described
+            with suppress(NoPoolError):
+                there_is = self._store.read() if servers is None else described
+            check_int("min_gpus", min_gpus, 1, limits(there_is)[1])
+        if create or is_described or (create is None and named is None):
+            self._store.create(described)
+        elif named is not None:
+            try:
+                self._store.version_mark()
+            except NoPoolError:
+                raise
+            except UnusableStateFileError:  # which a reset makes anew
+                pass
+        if is_described:
             state = self._store.read()
-            found = [(server["server_name"], server["total_gpus"], server["total_cpus"]) for server in state["servers"]]
-            if servers not in (None, found) or min_gpus not in (None, limits(state)[0]):
+            if servers not in (None, descriptions(state["servers"])) or min_gpus not in (None, limits(state)[0]):
                 raise PoolConflictError(self.resource_file)
 
     def allocate_resources(
@@ -1433,7 +1608,7 @@ class GPUResourceManagerV01:
                 task_id, required_gpus, required_cpus, prefer_server_id, wait_s=wait_s, on_wait=on_wait, local=local
             )
         except NoCapacityError as refusal:
-            log().warning("リソース不足: %s", refusal)
+            log().warning(say("リソース不足: %s"), refusal)
             return None
 
     def obtain_resources(
@@ -1463,7 +1638,7 @@ class GPUResourceManagerV01:
         check_seconds("wait_s", wait_s)
         request = self._request(task_id, required_gpus, required_cpus, prefer_server_id, local)
         try:
-            return _granted(self._change(lambda state: ask_once(state, request)))
+            return self._granted(self._change(lambda state: ask_once(state, request)))
         except NoCapacityError:
             if not wait_s:
                 raise
@@ -1500,7 +1675,7 @@ class GPUResourceManagerV01:
             if wait_s:
                 granted = self._stand_in_line(request, wait_s, on_wait)
             else:
-                granted = _granted(self._change(lambda state: ask_once(state, request)))
+                granted = self._granted(self._change(lambda state: ask_once(state, request)))
             with keeper(lease.descriptor) if keeper else nullcontext(os.getpid()) as pid:
                 self._change(lambda state: self._confirm(state, request, lease, pid))
                 yield granted
@@ -1530,11 +1705,10 @@ class GPUResourceManagerV01:
 
         released, processes = self._change(change)
         if processes:
-            log().warning(
-                "タスク %s の記録を消しましたが、プロセスが動いています: %s", task_id, named_processes(processes)
-            )
+            text = say("タスク %s の記録を消しましたが、プロセスが動いています: %s")
+            log().warning(text, task_id, named_processes(processes))
         if not released:
-            log().warning(UNKNOWN_TASK, task_id)
+            log().warning(say(UNKNOWN_TASK), task_id)
         return released
 
     def stop_task(self, task_id: str, grace_s: float = 10.0, force: bool = False) -> bool:
@@ -1565,15 +1739,28 @@ class GPUResourceManagerV01:
         ``total_servers``, ``total_gpus``, ``total_available_gpus``, ``total_cpus``, ``total_available_cpus``,
         ``total_running_tasks``; ``total_waiting`` if anybody waits; and ``servers``, for each of which
         ``server_id``, ``server_name``, ``total_gpus``, ``available_gpus`` (a count), ``gpu_utilization`` (a
-        text such as "50.0%"), the same three of CPUs, and ``running_tasks`` (a count).
+        text such as "50.0%"), the same three of CPUs, ``running_tasks`` (a count), and, where GPUs are out of
+        service, ``disabled``: why, of each index. These count in the totals, not in what is available.
 
         What a task holds whose processes are gone counts as free, for the next change takes it back; such
         tasks and requests are in ``ended_tasks``, if there are any.
         """
+        return self._seen(summarize)
+
+    def get_overview(self) -> dict[str, Any]:
+        """Return the same and, for people, what the pool is and who has what.
+
+        ``min_gpus_per_task``; ``last_updated``, empty where there is no pool yet; ``made_up``: whether nobody has
+        described the servers; ``tasks``: as the document has them, with ``server_name`` and ``kind``, which is "job"
+        (its processes hold it), "reservation" or "waiting".
+        """
+        return self._seen(overview)
+
+    def _seen(self, described: Callable[[State], dict[str, Any]]) -> dict[str, Any]:
         state = self._look()
         with failures_reported(self.resource_file):
             ended = reclaim(state, self._is_ended)
-        return {**summarize(state), "ended_tasks": ended} if ended else summarize(state)
+        return {**described(state), "ended_tasks": ended} if ended else described(state)
 
     def get_detailed_status(self) -> State:
         """Return the document, without waiting for a lock, with what we see of each lease.
@@ -1603,7 +1790,7 @@ class GPUResourceManagerV01:
         Unknown keys stay. A state file that cannot be used is set aside as ``resource_status.json.corrupt-TIME``
         and made anew.
 
-        :param servers: as for construction, and so ``min_gpus``; by default what there is stays.
+        :param servers: as for construction, and so ``min_gpus``; by default what there is stays, out of service too.
         :param force: ``True``: also tasks whose processes run, which then share their GPUs with others;
             ``False``: nothing, if there are tasks.
         :raises InvalidRequestError: a description is of no use.
@@ -1626,31 +1813,70 @@ class GPUResourceManagerV01:
                     remove_task(server, task)
             set_waiting(state, [])
             if servers is not None:
+                from gpu_resource_extensions.servers import keep_tasks
+
                 homeless = keep_tasks(state, described["servers"], kept)
                 if homeless:
                     raise PoolConflictError(self.resource_file, homeless, living=True)
             if min_gpus is not None:
-                state["min_gpus_per_task"] = min_gpus
+                check_int("min_gpus", min_gpus, 1, limits(state)[1])
+            if "min_gpus_per_task" in described:
+                state["min_gpus_per_task"] = described["min_gpus_per_task"]
             return [task["task_id"] for _, task in kept]
 
         kept = self._change(change, described)
         if kept:
-            log().warning("プロセスが動いているタスクは残しました (--stop で終了できます): %s", ", ".join(kept))
+            log().warning(say("プロセスが動いているタスクは残しました (--stop で終了できます): %s"), ", ".join(kept))
         return True
+
+    def add_server(self, name: str, gpus: int, cpus: int) -> int:
+        """Add an idle server; return its ``server_id``, the highest one plus 1.
+
+        :raises InvalidRequestError: there is one of that name, or it is no description of a server.
+        """
+        from gpu_resource_extensions.servers import add_server
+
+        return self._change(lambda state: add_server(state, (name, gpus, cpus)))["server_id"]
+
+    def remove_server(self, name: str) -> None:
+        """Remove an idle server; the others keep their ``server_id``.
+
+        :raises InvalidRequestError: there is none of that name.
+        :raises ServerNeededError: a task runs or waits there, or it is the last one.
+        """
+        from gpu_resource_extensions.servers import remove_server
+
+        self._change(lambda state: remove_server(state, name))
+
+    def disable(self, name: str, gpus: Sequence[int] | None = None, reason: str = "") -> dict[str, str]:
+        """Take GPUs of a server, by default all, out of service: what runs there goes on, nothing new is placed there.
+
+        Return why each one that is now out of service there is so.
+
+        :param reason: for people; at most 200 characters, no control character.
+        :raises InvalidRequestError: there is no such server or GPU.
+        """
+        from gpu_resource_extensions.servers import disable
+
+        return self._change(lambda state: disable(state, name, gpus, reason))
+
+    def enable(self, name: str, gpus: Sequence[int] | None = None) -> None:
+        """Put GPUs of a server, by default all, back in service; errors as :meth:`disable`."""
+        from gpu_resource_extensions.servers import enable
+
+        self._change(lambda state: enable(state, name, gpus))
 
     def _described(self, servers: Sequence[ServerDescription] | None, min_gpus: int | None) -> State:
         """Return an idle pool as described, by default the one of the constants above."""
         state = new_state(self.TOTAL_SERVERS, self.GPUS_PER_SERVER, self.CPUS_PER_SERVER)
         if servers is not None:
-            for name, gpus, cpus in servers:
-                check_name("サーバー名", name)
-                check_int("サーバーの GPU 数", gpus, 1, MAX_GPUS_PER_SERVER)
-                check_int("サーバーの CPU 数", cpus, 1, MAX_CPUS_PER_SERVER)
+            for description in servers:
+                check_description(*description)
             if not servers or len({name.casefold() for name, _, _ in servers}) < len(servers):
                 raise InvalidRequestError("servers", servers, *_NO_SERVERS)
-            state["servers"] = new_servers(servers)
+            state["servers"], state["min_gpus_per_task"] = new_servers(servers), 1
         if min_gpus is not None:
-            check_int("min_gpus", min_gpus, 1, limits(state)[1])
+            check_int("min_gpus", min_gpus, 1, MAX_GPUS_PER_SERVER)
             state["min_gpus_per_task"] = min_gpus
         return state
 
@@ -1735,11 +1961,23 @@ class GPUResourceManagerV01:
                 answer = self._change(lambda state: outcome(state, request))
         if isinstance(answer, Shortfall):
             answer = self._change(lambda state: conclude(state, request))
-        return _granted(answer)
+        return self._granted(answer)
+
+    def _granted(self, answer: Allocation | Shortfall) -> Allocation:
+        if isinstance(answer, Shortfall):
+            raise NoCapacityError(answer)
+        if self._is_made_up:
+            log().warning(say(_FROM_MADE_UP), self.resource_file)
+        return answer
 
     def _look(self) -> State:
         """Read the document, with what it has lost of the living jobs."""
-        state = self._store.read()
+        try:
+            state = self._store.read()
+        except NoPoolError:
+            if self._shown_if_missing is None:
+                raise
+            state = self._shown_if_missing
         if os.path.isdir(self._store.lease_directory):
             with failures_reported(self.resource_file):
                 self._leases.put_back(state)
@@ -1756,14 +1994,16 @@ class GPUResourceManagerV01:
                 self._leases.sweep(records(state))
             ended = reclaim(state, self._is_ended)
             if ended:
-                log().info("終了したタスクを回収しました: %s", ended)
+                log().info(say("終了したタスクを回収しました: %s"), ended)
             for task_id, gpus in self._leases.put_back(state).items() if has_leases else ():
-                log().warning(_LACKING, task_id, gpus)
+                log().warning(say(_LACKING), task_id, gpus)
             admit(state)
             result = change(state)
             if has_leases:  # what the change has freed may be theirs
                 self._leases.put_back(state)
             admit(state)
+            state["version"] = DISABLED_VERSION if any(map(has_disabled, state["servers"])) else FORMAT_VERSION
+            self._is_made_up = is_made_up(state["servers"])
             return result
 
         return self._store.update(whole_change, instead_of_unusable)

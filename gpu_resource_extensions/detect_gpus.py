@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
-from gpu_resource_manager_v01 import ResourceManagerError, ServerDescription, host_name
+from gpu_resource_manager_v01 import ResourceManagerError, ServerDescription, host_name, say
 
 
 class DetectionError(ResourceManagerError):
@@ -13,8 +14,7 @@ class DetectionError(ResourceManagerError):
     template = "{problem}\n  対処: {remedy}--init --server NAME:GPUS:CPUS で台数を指定してください"
 
     def __init__(self, problem: str, remedy: str) -> None:
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = problem, remedy
 
 
 def detected_server() -> ServerDescription:
@@ -25,8 +25,9 @@ def detected_server() -> ServerDescription:
     try:
         import pynvml
     except ImportError as error:
-        problem = f"GPU の数が分かりません: nvidia-ml-py を読み込めません ({error})"
-        raise DetectionError(problem, ".venv/bin/pip install nvidia-ml-py を実行するか、") from error
+        problem = say("GPU の数が分かりません: nvidia-ml-py を読み込めません ({})", error)
+        remedy = say("この Python ({}) に pip で nvidia-ml-py をインストールするか、", sys.executable)
+        raise DetectionError(problem, remedy) from error
     try:
         pynvml.nvmlInit()
         try:
@@ -34,7 +35,8 @@ def detected_server() -> ServerDescription:
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        raise DetectionError(f"GPU の数が分かりません: NVML: {error}", "ドライバを確認するか、") from error
+        problem, remedy = say("GPU の数が分かりません: NVML: {}", error), say("ドライバを確認するか、")
+        raise DetectionError(problem, remedy) from error
     if not gpus:
-        raise DetectionError("この計算機に NVIDIA GPU はありません", "")
+        raise DetectionError(say("この計算機に NVIDIA GPU はありません"), "")
     return host_name(), gpus, os.cpu_count() or 1

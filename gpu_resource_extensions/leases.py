@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict, cast
 
+from gpu_resource_extensions.servers import append_server
 from gpu_resource_manager_v01 import (
     MAX_TASK_ID_LENGTH,
     Requester,
@@ -35,13 +36,14 @@ from gpu_resource_manager_v01 import (
     host_name,
     named_processes,
     new_in_place,
-    new_servers,
     placed_tasks,
     printable,
     records,
     remove_task,
+    say,
     set_permissions,
     set_waiting,
+    unheld_gpus,
     user_name,
 )
 
@@ -60,12 +62,12 @@ class NotStoppableError(ResourceManagerError):
 
     def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:
         self.task_id = task_id
-        self.reason, self.remedy = reason.format(**facts), remedy.format(task_id=task_id, **facts)
+        self.reason, self.remedy = say(reason, **facts), say(remedy, task_id=task_id, **facts)
 
 
 # For NotStoppableError: the reason, and what to do.
 _NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {task_id} で返してください"
-_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で実行してください: python cli_v01.py --stop {task_id}"
+_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で --stop {task_id} を実行してください"
 _LEASE_IS_LOST = (
     "プロセスとの結び付き (.leases/ のファイル) が失われています",
     "プロセスが残っていないことを確かめて、--release {task_id} --force で返してください",
@@ -129,24 +131,18 @@ def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
         task = claim["task"]
         set_waiting(state, [request for request in state.get("waiting", ()) if request["lease"] != task["lease"]])
         server = next((one for one in state["servers"] if one["server_name"] == claim["server_name"]), None) or (
-            _add_server(state, (claim["server_name"], claim["total_gpus"], claim["total_cpus"]))
+            append_server(state, (claim["server_name"], claim["total_gpus"], claim["total_cpus"]))
         )
         task_id = task["task_id"]
         if any(record["task_id"] == task_id for record in records(state)):  # somebody else's by now
             task_id = f"{task_id[: MAX_TASK_ID_LENGTH - 9]}+{task['lease'][:8]}"
-        gpus = [gpu for gpu in task["allocated_gpus"] if gpu in server["available_gpus"]]
+        free = unheld_gpus(server)
+        gpus = [gpu for gpu in task["allocated_gpus"] if gpu in free]
         cpus = min(task["allocated_cpus"], server["available_cpus"])
         hold(server, {**task, "task_id": task_id, "allocated_gpus": gpus, "allocated_cpus": cpus})
         if gpus != task["allocated_gpus"]:
             lacking[task_id] = [gpu for gpu in task["allocated_gpus"] if gpu not in gpus]
     return lacking
-
-
-def _add_server(state: State, description: tuple[str, int, int]) -> Server:
-    [server] = new_servers([description])
-    server["server_id"] = 1 + max(other["server_id"] for other in state["servers"])
-    state["servers"].append(server)
-    return server
 
 
 # --- Leases as files ------------------------------------------------------------------------------
@@ -344,7 +340,7 @@ class Leases:
             if not tree and name not in self._names():
                 break
             if time.monotonic() >= deadline_s + KILL_LIMIT_S:
-                who = named_processes([process._asdict() for process in tree]) or _UNSEEN
+                who = named_processes([process._asdict() for process in tree]) or say(_UNSEEN)
                 raise NotStoppableError(task_id, *_STILL_THERE, who=who)
             for process in job or tree if late else job:
                 if late or (process.pid, process.started) not in told:

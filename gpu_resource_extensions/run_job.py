@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from shutil import which
@@ -42,6 +43,39 @@ def job_environment(allocation: Mapping[str, Any]) -> dict[str, str]:
         "GPU_TASK_ID": allocation["task_id"],
         "GPU_TASK_THREADS": cpus if ours else "",  # tells the next allocation whose number that is
     }
+
+
+def users_environment(tool: str) -> dict[str, str]:
+    """Return our environment as it was before somebody entered the Python environment of the tool.
+
+    That is the ``.venv`` beside it (``source .venv/bin/activate``) or the one that ``uv run`` makes for a script, never
+    one that the tool was installed into: there a job wants just that ``python``.
+
+    :param tool: the directory of the command line.
+    """
+    environment, entered = dict(os.environ), {os.path.realpath(os.path.join(tool, ".venv"))}
+    if os.path.basename(os.path.dirname(sys.prefix)).startswith("environments-v"):  # below the cache of uv
+        entered.add(os.path.realpath(sys.prefix))
+    if os.path.realpath(environment.get("VIRTUAL_ENV", "")) in entered:
+        for name in ("VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT"):
+            environment.pop(name, None)
+    if "PATH" in environment:
+        left = [
+            place
+            for place in environment["PATH"].split(os.pathsep)
+            if os.path.basename(place) != "bin" or os.path.realpath(os.path.dirname(place)) not in entered
+        ]
+        environment["PATH"] = os.pathsep.join(left)
+    return environment
+
+
+def check_command(word: str, environment: Mapping[str, str]) -> None:
+    """:raises OSError: no such command can be started: ``FileNotFoundError`` if there is none of that name."""
+    path = environment.get("PATH")
+    if which(word, path=path) is None:
+        exists = os.path.exists(word) if "/" in word else which(word, os.F_OK, path) is not None
+        code = errno.EACCES if exists else errno.ENOENT
+        raise OSError(code, os.strerror(code))
 
 
 class KeeperError(ResourceManagerError):
@@ -264,6 +298,8 @@ def _let_go_of_the_caller(libc: Any, kept: set[int]) -> None:
 
 def spawn(job: list[str], environment: Mapping[str, str], mask: set[int | signal.Signals]) -> int:
     """Start a command as a shell would, with this signal mask, and return its pid."""
+    if "PATH" in environment:
+        os.environ["PATH"] = environment["PATH"]  # by which it is searched
     # SIGPIPE and SIGXFSZ are ignored by Python, and what is ignored stays so through exec.
     restored = [signal.SIGPIPE, signal.SIGXFSZ]
     try:

@@ -40,14 +40,27 @@ def running(pool: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_real_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let even a forgotten ``resource_file=`` end up in the directory of the test."""
+    """Let even a forgotten ``resource_file=`` end up in the directory of the test, where a pool may be made."""
+    from gpu_resource_manager_v01 import GPUResourceManagerV01
+
+    monkeypatch.setattr(GPUResourceManagerV01, "MACHINE_FILE", str(tmp_path / "no-machine-file"))
     monkeypatch.setenv("GPU_RESOURCE_FILE", str(tmp_path / "resource_status.json"))
+    monkeypatch.delenv("GPU_RESOURCE_LANG", raising=False)
 
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Path:
-    """The path of a state file that does not exist yet."""
+    """The path of a state file, which exists only with the fixture ``made_pool``."""
     return tmp_path / "resource_status.json"
+
+
+@pytest.fixture
+def made_pool(pool: Path) -> Path:
+    """The same with the made-up servers in it: at a place that the environment names, only ``--init`` makes one."""
+    from gpu_resource_manager_v01 import GPUResourceManagerV01
+
+    GPUResourceManagerV01(pool)
+    return pool
 
 
 class Children:

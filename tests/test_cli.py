@@ -25,6 +25,8 @@ from wcwidth import wcswidth
 from cli_v01 import HELP, build_parser
 from gpu_resource_manager_v01 import GPUResourceManagerV01, this_requester
 
+pytestmark = pytest.mark.usefixtures("made_pool")
+
 
 def assert_refused(result: Result, code: int) -> None:
     """One message on stderr, and nothing on stdout that looks like success."""

@@ -25,6 +25,8 @@ from gpu_resource_manager_v01 import Allocation, GPUResourceManagerV01, NoCapaci
 
 HERE = "gpu-server-1"
 
+pytestmark = pytest.mark.usefixtures("made_pool")
+
 
 @pytest.fixture(autouse=True)
 def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

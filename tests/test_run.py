@@ -23,6 +23,8 @@ from gpu_resource_manager_v01 import GPUResourceManagerV01
 HERE = "gpu-server-1"
 RUN = ("--run", "job", "2", "4", "--")
 
+pytestmark = pytest.mark.usefixtures("made_pool")
+
 
 @pytest.fixture(autouse=True)
 def signals_work() -> Iterator[None]:
