@@ -17,12 +17,12 @@ if sys.version_info < (3, 10):  # noqa: UP036 - the first thing that an older on
     print("✗ Python 3.10 以降が必要です (Python 3.10 or later is needed): " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
-import argparse
 import io
 import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # imports are most of a start, so the others stand where they are used
+    import argparse
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn, TextIO
 
@@ -37,7 +37,6 @@ EXIT_USAGE = 2  # wrong usage, bad parameters, a package is missing
 EXIT_IO = 74  # EX_IOERR: the state file cannot be read or written, or the output cannot
 EXIT_AGAIN = 75  # EX_TEMPFAIL: lock not had in time
 EXIT_OURS = 125  # of --run: our own failure, not the command's
-EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 126, 127  # of --run, as a shell has them
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 COMMAND = "python cli_v01.py"  # as hints name us; ``run`` knows better
@@ -69,40 +68,8 @@ def say(template: str, /, *facts: object, **named: object) -> str:
 # --- Rendering ------------------------------------------------------------------------------------
 
 
-def screen() -> tuple[int, int]:
-    """Return columns and lines of the screen; ``shutil`` would cost a twentieth of a start."""
-    try:
-        size = os.get_terminal_size(1 if os.isatty(1) else 2)
-    except OSError:  # no terminal
-        size = os.terminal_size((0, 0))
-    asked = os.environ.get("COLUMNS", "")
-    return (int(asked) if is_number(asked) else 0) or size.columns or 80, size.lines or 24
-
-
-def width(text: str) -> int:
-    """Return how many columns a line takes; without the package one a letter, as ``tabulate`` has it then."""
-    if text.isascii():
-        return len(text)
-    try:
-        from wcwidth import wcswidth
-    except ImportError:
-        return len(text)
-    return max(0, int(wcswidth(text)))
-
-
-def cut(text: str, most: int) -> str:
-    """Return ``text``, shortened to ``most`` columns."""
-    while width(text) > most:
-        text = text.removesuffix("…")[:-1] + "…"
-    return text
-
-
-def one_line(value: object) -> str:
-    return safe(str(value).replace("\n", "?"))
-
-
 def title(text: str, wide: int = 77) -> str:
-    rest = wide - width(text) - 2
+    rest = wide - 2 - sum(2 if letter > "\u3000" else 1 for letter in text)  # Japanese letters take two columns each
     return f"{'=' * (rest // 2)} {text} {'=' * (rest - rest // 2)}"
 
 
@@ -121,7 +88,7 @@ def render_status(summary: Mapping[str, Any]) -> str:
         ]
         for server in summary["servers"]
     ]
-    bar, most = DataRow("│", "│", "│"), screen()[0]
+    bar = DataRow("│", "│", "│")
     ends = Line("┌", "─", "┬", "┐"), None, None, Line("└", "─", "┴", "┘")
     # The style ``simple_outline`` without padding, so that 80 columns hold it. The headings are a row like any other,
     # for ``tabulate`` would add two columns to each; and "1e5" is a name, no cell is to be read as a number.
@@ -130,75 +97,20 @@ def render_status(summary: Mapping[str, Any]) -> str:
     top, heading, *rest = table.split("\n")
     table = "\n".join([top, heading, top.translate(str.maketrans("┌┬┐", "├┼┤")), *rest])
     lines = [title(say("GPU リソース状態"), len(top)), table, "", render_totals(summary)]
-    lines += [f"  {line}" for line in render_disabled(summary["servers"])]
-    if summary["tasks"]:
-        lines += ["", *render_tasks(summary["tasks"], most)]
-    path = one_line(summary["resource_file"])
-    while width(say("プール: {}", path)) > most:  # --detail shows it whole
-        path = "…" + path.removeprefix("…")[1:]
+    beyond, path = screens(), summary["resource_file"]
+    if beyond:
+        lines += beyond.render_below(summary)
+        path = beyond.cut_path(path, say("プール: {}", ""))  # --detail shows it whole
     return "\n".join([*lines, "", *render_pool(summary, path)])
 
 
-def render_tasks(tasks: Sequence[Mapping[str, Any]], most: int) -> list[str]:
-    """Return a heading and a line for each task, at most ``most`` columns wide."""
-    heads = "サーバー", "GPU", "CPU", "タスク", "利用者", "経過", "種類"
-    kinds = {"job": say("ジョブ"), "reservation": say("予約"), "waiting": say("待機")}
-    rows = [list(map(say, heads))]
-    for task in tasks:
-        waits = task["kind"] == "waiting"
-        gpus = say("{} 個", task["required_gpus"]) if waits else ranges(task["allocated_gpus"])
-        cpus = task["required_cpus" if waits else "allocated_cpus"]
-        since = age(task.get("asked_time" if waits else "start_time"))
-        who = task.get("server_name") or "-", gpus, cpus, task["task_id"], task.get("user", "-"), since
-        rows.append([*map(one_line, who), kinds[task["kind"]]])
-    widths = [max(map(width, cells)) for cells in zip(*rows, strict=True)]
-    while sum(widths) + 2 * len(widths) - 2 > most and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
-    lines = []
-    for row in rows:
-        cells = [cut(cell, wide) for cell, wide in zip(row, widths, strict=True)]
-        padded = [cell + " " * (wide - width(cell)) for cell, wide in zip(cells, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    return lines
-
-
-def ranges(gpus: Sequence[int]) -> str:
-    """Return indices as people write them: ``0-3,6``."""
-    runs: list[list[int]] = []
-    for gpu in gpus:
-        if runs and gpu == runs[-1][-1] + 1:
-            runs[-1].append(gpu)
-        else:
-            runs.append([gpu])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
-
-
-def age(since: object) -> str:
-    """Return how long ago a time of the document was."""
-    import time
-
+def screens() -> Any:
+    """Return what renders the rest, or ``None``: two files are enough for what the specification shows."""
     try:
-        parts = [int(part) for part in str(since).replace("T", "-").replace(":", "-").split("-")]
-        year, month, day, hour, minute, second = parts
-        passed_s = time.time() - time.mktime((year, month, day, hour, minute, second, 0, 0, -1))
-    except (ValueError, OverflowError):  # somebody has edited it
-        return "?"
-    for unit, unit_s in (("{} 日", 86400), ("{} 時間", 3600), ("{} 分", 60)):
-        if passed_s >= unit_s:
-            return say(unit, int(passed_s // unit_s))
-    return say("{} 秒", max(0, int(passed_s)))
-
-
-def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for the GPUs of a server that are out of service for the same reason."""
-    lines = []
-    for server in servers:
-        disabled: dict[str, str] = server.get("disabled", {})
-        for reason in dict.fromkeys(disabled.values()):
-            gpus = ranges([int(gpu) for gpu, why in disabled.items() if why == reason])
-            line = say("使用停止: {} の GPU {}", server["server_name"], gpus)
-            lines.append(line + (f" ({reason})" if reason else ""))
-    return lines
+        from gpu_resource_extensions import screens
+    except ImportError:
+        return None
+    return screens
 
 
 def render_pool(pool: Mapping[str, Any], path: str) -> list[str]:
@@ -210,7 +122,7 @@ def render_pool(pool: Mapping[str, Any], path: str) -> list[str]:
         lines.append(say("  まだありません。最初の割り当てか --init が作ります"))
     if is_made_up(pool["servers"]):
         how = "--reset" if pool["last_updated"] else "--init"
-        lines.append(say("  架空のサーバーです (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)", how))
+        lines.append(say("  架空のサーバーがあります (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)", how))
     return lines
 
 
@@ -238,9 +150,10 @@ def render_detail(state: Mapping[str, Any]) -> str:
             f"{server['server_name']} (ID: {server['server_id']})",
             say("  利用可能GPU: {} ({}/{})", gpus, len(gpus), server["total_gpus"]),
             say("  利用可能CPU: {}/{}", server["available_cpus"], server["total_cpus"]),
-            *(f"  {line}" for line in render_disabled([server])),
-            say("  実行中タスク: {}", len(server["running_tasks"])),
         ]
+        if "disabled" in server and (beyond := screens()):
+            lines += beyond.render_disabled([server])
+        lines.append(say("  実行中タスク: {}", len(server["running_tasks"])))
         for task in server["running_tasks"]:
             lines += [
                 f"    - {task['task_id']}" + (say(" (終了済み: 次の変更で回収)") if task.get("ended") is True else ""),
@@ -250,36 +163,32 @@ def render_detail(state: Mapping[str, Any]) -> str:
             ]
             if "user" in task:
                 who = f"{task['user']}@{task.get('host')} (PID {task.get('pid')})"
-                lines.append(say("      要求元: {}", one_line(who)))
+                lines.append(say("      要求元: {}", who.replace("\n", "?")))
             for process in task.get("processes", ()):
                 who = f"{process['pid']} ({process['user']}) {process['command']}".rstrip()
                 lines.append(say("      プロセス: {}", who))
         lines.append("")
     for position, request in enumerate(state.get("waiting", []), start=1):
-        asked = request["required_gpus"], request["required_cpus"], one_line(request.get("user"))
+        asked = request["required_gpus"], request["required_cpus"], str(request.get("user")).replace("\n", "?")
         line = say("待機中 {}: {} (GPU {}, CPU {}, {})", position, request["task_id"], *asked)
         lines.append(line + (say(" (終了済み)") if request.get("ended") is True else ""))
     lines.append(say("最終更新: {}", state["last_updated"]))
-    return "\n".join([*lines, *render_pool(state, one_line(state["resource_file"]))])
+    return "\n".join([*lines, *render_pool(state, state["resource_file"])])
 
 
 def render_allocation(allocation: Mapping[str, Any]) -> str:
+    from gpu_resource_manager_v01 import quoted
+
     devices = allocation["gpu_devices"]
     server = say("  サーバー: {}\n  GPU ID: {}\n", allocation["server_name"], allocation["gpu_ids"])
     cpus = say("  CPU数: {}\n", allocation["cpu_count"])
-    release = f"  {COMMAND} --release {quote(allocation['task_id'])}"
+    release = f"  {COMMAND} --release {quoted(allocation['task_id'])}"
     return (
         say("✓ リソース割り当て成功:\n{}{}\n", server, cpus)
         + say("✓ リソース割り当て成功！\n{}  GPUデバイス文字列: {}\n{}\n", server, devices, cpus)
         + say("使用ヒント:\n  export CUDA_VISIBLE_DEVICES={}\n  export CUDA_DEVICE_ORDER=PCI_BUS_ID\n\n", devices)
         + say("リソース解放:\n{}", release)
     )
-
-
-def quote(word: str) -> str:
-    """Quote ``word`` for a POSIX shell, but only if it needs it: Japanese letters do not."""
-    plain = word and all(letter.isalnum() or letter in "_@%+=:,./-" for letter in word)
-    return word if plain else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 class WaitingLine:
@@ -294,6 +203,8 @@ class WaitingLine:
     def __call__(self, position: int, reason: str) -> None:
         text = say("待機中 ({} 番目): {}", position, reason.splitlines()[0])
         if self.terminal:
+            from gpu_resource_extensions.screens import cut, screen
+
             print(f"\r\x1b[K{cut(safe(text), screen()[0] - 1)}", end="", file=sys.stderr, flush=True)
             WaitingLine.stands = True
         elif not (self.once and self.shown):
@@ -307,26 +218,6 @@ class WaitingLine:
         elif WaitingLine.stands:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             WaitingLine.stands = False
-
-
-def watch(frame: Callable[[], str], every_s: float) -> None:
-    """Show what ``frame`` returns, anew every so many seconds, until a Ctrl-C."""
-    import time
-
-    # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
-    print("\x1b[?1049h\x1b[?7l", end="")
-    try:
-        while True:
-            lines, room = safe(frame()).split("\n"), screen()[1]
-            if len(lines) > room:
-                lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
-            print("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J", end="", flush=True)
-            time.sleep(every_s)
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, Stopped):
-            raise
-    finally:
-        print("\x1b[?7h\x1b[?1049l", end="", flush=True)
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -346,7 +237,14 @@ def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
         if not sys.stdout.isatty():
             remedy = say("端末で実行するか、--watch を外してください")
             raise Refusal(EXIT_USAGE, "usage", say("--watch を表示する端末がありません"), remedy)
-        watch(lambda: render_status(summary()), max(0.1, args.watch))
+        from gpu_resource_extensions.screens import watch
+
+        try:
+            watch(lambda: safe(render_status(summary())), max(0.1, args.watch))
+        except Stopped:
+            raise
+        except KeyboardInterrupt:  # how one leaves it
+            pass
     return (EXIT_OK, summary(), render_status)
 
 
@@ -358,7 +256,10 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
     from gpu_resource_manager_v01 import NoCapacityError
 
     task_id, gpus, cpus = args.allocate
-    task_id = task_id if task_id != "-" else new_task_id("reservation")
+    if task_id == "-":
+        from gpu_resource_extensions.run_job import new_task_id
+
+        task_id = new_task_id(["reservation"])
     # Shown before the wait for the lock, not after it.
     text = "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n"
     args.output.progress(say(text, task_id, gpus, cpus))
@@ -378,90 +279,43 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
     return (EXIT_OK, {**allocation, "cuda_device_order": "PCI_BUS_ID"}, render_allocation)
 
 
-def new_task_id(program: str) -> str:
-    """Return an identifier that nobody else has: who, what, when, and our pid."""
-    import time
-
-    from gpu_resource_manager_v01 import user_name
-
-    what = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in os.path.basename(program))
-    return f"{user_name(os.getuid())[:40]}-{what[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
 def server_id_of(text: str, manager: GPUResourceManagerV01) -> int:
     """Return the server that ``--prefer-server`` names: by its id, else by its name."""
-    known = {server["server_id"]: server["server_name"] for server in manager.get_resource_summary()["servers"]}
-    for server_id, name in [*((key, str(key)) for key in known), *known.items()]:
-        if name == text:
-            return int(server_id)
-    listed = ", ".join(f"{server_id} ({name})" for server_id, name in known.items())
-    problem, remedy = say("サーバーがありません: {}", text), say("{} のいずれかを指定してください", listed)
-    raise Refusal(EXIT_USAGE, "invalid_request", problem, remedy)
+    servers = manager.get_resource_summary()["servers"]
+    ids: dict[str, int] = {server["server_name"]: server["server_id"] for server in servers}
+    ids.update((str(server_id), server_id) for server_id in list(ids.values()))
+    if text not in ids:
+        remedy = say("{} のいずれかを指定してください", ", ".join(ids))
+        raise Refusal(EXIT_USAGE, "invalid_request", say("サーバーがありません: {}", text), remedy)
+    return ids[text]
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_extensions.leases import descendants
-    from gpu_resource_extensions.run_job import Job, check_command, job_environment, users_environment
-    from gpu_resource_manager_v01 import ResourceManagerError, named_processes
+    from gpu_resource_extensions.run_job import run_job
+    from gpu_resource_manager_v01 import quoted
 
-    task_id, gpus, cpus = args.run
+    directory, command = os.path.dirname(os.path.realpath(__file__)), " ".join(map(quoted, args.job))
     line = WaitingLine(once=True)
-    code, command = None, " ".join(map(quote, args.job))
-    environment = users_environment(os.path.dirname(os.path.realpath(__file__)))
-
-    def not_started(error: OSError) -> Refusal:
-        code = EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
-        problem = say("コマンドを実行できません: {}: {}", args.job[0], error.strerror)
-        return Refusal(code, "command_not_started", problem, say("コマンドの綴り、PATH、実行権限を確認してください"))
-
-    try:
-        check_command(args.job[0], environment)  # ahead of the wait
-    except OSError as error:
-        raise not_started(error) from error
-    if task_id == "-":
-        scripts = [word for word in args.job if word.endswith((".py", ".sh"))]
-        task_id = new_task_id([*scripts, args.job[0]][0])
-        show_error(say("タスクID: {}", task_id))
-
-    def say_who_is_left(pid: int) -> None:
-        who = named_processes([process._asdict() for process in descendants(pid)])
-        stop = say("終わるまで GPU は返りません (--stop {} で終了できます)", quote(task_id))
-        show_error(say("注意: タスク {} のプロセスがまだ動いています: {}。{}", task_id, who, stop))
-
-    job = Job(args.job, say_who_is_left)
-    try:
-        with manager.allocation(
-            task_id, gpus, cpus, wait_s=args.wait or 0, on_wait=line, command=command, keeper=job.kept
-        ) as granted:
-            line.end(say("✓ {} の GPU {} で実行します: {}", granted["server_name"], granted["gpu_devices"], task_id))
-            try:
-                code = job.run({**environment, **job_environment(granted)})
-            except OSError as error:  # it has vanished meanwhile
-                refusal = not_started(error)
-                show_error(f"✗ {refusal}")
-                code = refusal.code
-    except (ResourceManagerError, KeyboardInterrupt) as error:
-        if code is None:
-            raise
-        # The job's exit code stands; what it held is taken back by the next change of anybody.
-        show_error(say("✗ 解放を記録できませんでした: {}\n  対処: 次のコマンドが自動で回収します", error))
+    code, granted = run_job(manager, args.run, args.job, directory, command, args.wait or 0, line, show_error)
     return (code, {**granted, "exit_code": code}, lambda _: "")
 
 
+def done(template: str, **result: Any) -> Answer:
+    return (EXIT_OK, result, lambda facts: say(template, **facts))
+
+
 def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    task_id = args.release
-    args.output.progress(say("リソース解放を試行中: {}", task_id))
-    if not manager.release_resources(task_id, force=args.force):
-        raise unknown_task(task_id)
-    return (EXIT_OK, {"task_id": task_id}, lambda _: say("✓ リソース解放完了: {}\n✓ リソース解放成功！", task_id))
+    args.output.progress(say("リソース解放を試行中: {}", args.release))
+    if not manager.release_resources(args.release, force=args.force):
+        raise unknown_task(args.release)
+    return done("✓ リソース解放完了: {task_id}\n✓ リソース解放成功！", task_id=args.release)
 
 
 def cmd_stop(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    task_id, grace_s = args.stop, 10.0 if args.grace is None else args.grace
-    args.output.progress(say("タスクのプロセスを終了中: {}", task_id))
-    if not manager.stop_task(task_id, grace_s, force=args.force):
-        raise unknown_task(task_id)
-    return (EXIT_OK, {"task_id": task_id}, lambda _: say("✓ プロセスは終了し、GPU は空きました: {}", task_id))
+    args.output.progress(say("タスクのプロセスを終了中: {}", args.stop))
+    if not manager.stop_task(args.stop, 10.0 if args.grace is None else args.grace, force=args.force):
+        raise unknown_task(args.stop)
+    return done("✓ プロセスは終了し、GPU は空きました: {task_id}", task_id=args.stop)
 
 
 def unknown_task(task_id: str) -> Refusal:
@@ -484,69 +338,40 @@ def show_warnings() -> None:
 
 
 def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_manager_v01 import StateFileError
-
     if not args.yes:
-        if sys.stdin is None or not sys.stdin.isatty():
-            problem = say("確認するための端末がないため、リセットしません")
-            remedy = say("確認を省くには --reset --yes を指定してください")
-            raise Refusal(EXIT_USAGE, "not_confirmed", problem, remedy)
-        try:
-            tasks = manager.get_overview()["tasks"]
-        except StateFileError:  # which is what a reset is for
-            tasks = []
-        cleared = ", ".join(task["task_id"] for task in tasks if task["kind"] != "job" or args.force)
-        # On stderr, for stdout may be a file.
-        show_error(say("警告：すべての実行中タスクの記録がクリアされます！"))
-        show_error(say("  ファイル: {}\n  消える記録: {}", manager.resource_file, cleared or say("なし")))
-        show_error(say("続行しますか？ [y/N]:"))
-        if sys.stdin.readline().strip().lower() not in ("y", "yes", "はい"):
-            remedy = say("消してよければ y と答えてください")
-            raise Refusal(EXIT_NO, "not_confirmed", say("リセットを中止しました"), remedy)
+        from gpu_resource_extensions.server_commands import ask_before_reset
+
+        ask_before_reset(manager, args.force, show_error)
     # Without a word to the contrary, another description is refused while there are tasks.
     force = True if args.force else None if args.yes or (args.servers is None and args.min_gpus is None) else False
     manager.reset_resources(args.servers, args.min_gpus, force=force)
-    return (EXIT_OK, {"resource_file": manager.resource_file}, lambda _: say("✓ システムリセット完了"))
+    return done("✓ システムリセット完了", resource_file=manager.resource_file)
 
 
-def cmd_add_server(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    name, gpus, cpus = args.add_server
-    server_id = manager.add_server(name, gpus, cpus)
-    result = {"server_id": server_id, "server_name": name, "total_gpus": gpus, "total_cpus": cpus}
-    return (EXIT_OK, result, lambda _: say("✓ サーバーを追加しました: {} (ID: {})", name, server_id))
+def command_of(option: str) -> Callable[..., Answer]:
+    """Return what carries out a command: a function above, or one of those that change the servers."""
+    name = "cmd_" + name_of(option)
+    if name in globals():
+        found: Callable[..., Answer] = globals()[name]
+    else:
+        from gpu_resource_extensions import server_commands
 
-
-def cmd_remove_server(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    name = args.remove_server
-    manager.remove_server(name)
-    return (EXIT_OK, {"server_name": name}, lambda _: say("✓ サーバーを外しました: {}", name))
-
-
-def cmd_disable(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    name, gpus = args.disable
-    result = {"server_name": name, "disabled": manager.disable(name, gpus, args.reason or "")}
-    lines = [f"✓ {line}" for line in render_disabled([result])]
-    lines.append(say("  そこで動いているタスクは、終わるまでそのまま続きます"))
-    return (EXIT_OK, result, lambda _: "\n".join(lines))
-
-
-def cmd_enable(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    name, gpus = args.enable
-    manager.enable(name, gpus)
-    what = name if gpus is None else say("{} の GPU {}", name, ranges(gpus))
-    return (EXIT_OK, {"server_name": name}, lambda _: say("✓ 使用を再開しました: {}", what))
+        found = getattr(server_commands, name)
+    return found
 
 
 # --- The parser -----------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def _get_formatter(self) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(self.prog, width=80)  # without a width, it imports ``shutil`` to find one
+def wrong_usage(message: str) -> NoReturn:
+    remedy = say("{} --help で使い方を確認してください", COMMAND)
+    raise Refusal(EXIT_USAGE, "usage", say("引数が正しくありません: {}", message), remedy)
 
-    def error(self, message: str) -> NoReturn:
-        remedy = say("{} --help で使い方を確認してください", COMMAND)
-        raise Refusal(EXIT_USAGE, "usage", say("引数が正しくありません: {}", message), remedy)
+
+def wrong_value(template: str, text: str) -> argparse.ArgumentTypeError:
+    from argparse import ArgumentTypeError
+
+    return ArgumentTypeError(say(template, text))
 
 
 def is_number(text: str) -> bool:
@@ -556,7 +381,7 @@ def is_number(text: str) -> bool:
 
 def integer(text: str) -> int:
     if not is_number(text.removeprefix("-")):
-        raise argparse.ArgumentTypeError(say("整数ではありません: {!r}", text))
+        raise wrong_value("整数ではありません: {!r}", text)
     return int(text)
 
 
@@ -565,22 +390,23 @@ def seconds(text: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     number = text[:-1] if text[-1:] in units else text
     if not all(map(is_number, number.split(".", 1))):
-        raise argparse.ArgumentTypeError(say("時間ではありません (90、5m、2h、1d のように指定します): {!r}", text))
+        raise wrong_value("時間ではありません (90、5m、2h、1d のように指定します): {!r}", text)
     return float(number) * units.get(text[-1], 1)
 
 
 def server_description(text: str) -> ServerDescription:
     name, *counts = text.rsplit(":", 2)
     if len(counts) != 2:
-        raise argparse.ArgumentTypeError(say("NAME:GPUS:CPUS の形ではありません: {!r}", text))
+        raise wrong_value("NAME:GPUS:CPUS の形ではありません: {!r}", text)
     gpus, cpus = map(integer, counts)
     return name, gpus, cpus
 
 
 def gpus_of_server(text: str) -> tuple[str, list[int] | None]:
     """Return a server and GPUs on it; ``None``: all of them."""
-    name, colon, gpus = text.rpartition(":")
-    return (name, [integer(gpu) for gpu in gpus.split(",")]) if colon else (text, None)
+    name, _, gpus = text.rpartition(":")
+    indices = gpus.split(",")
+    return (name, list(map(int, indices))) if name and all(map(is_number, indices)) else (text, None)
 
 
 def task_request(values: Sequence[str]) -> tuple[str, int, int]:
@@ -638,14 +464,19 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 """
 
 
-def build_parser() -> Parser:
-    parser = Parser(prog="cli_v01.py", allow_abbrev=False, add_help=False)
+def build_parser() -> argparse.ArgumentParser:
+    import argparse  # half of a start, and the help has no use for it
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, width=80)  # without a width, it imports ``shutil`` to find one
+
+    parser = argparse.ArgumentParser(prog="cli_v01.py", allow_abbrev=False, add_help=False, formatter_class=formatter)
+    parser.error = wrong_usage  # type: ignore[method-assign]
     commands = parser.add_mutually_exclusive_group()
-    for command in (cmd_init, cmd_status, cmd_detail, cmd_reset):
-        commands.add_argument(option_of(command), dest="command", action="store_const", const=command)
-    for command in WITH_VALUE:
-        count = 3 if command in (cmd_allocate, cmd_run) else None
-        commands.add_argument(option_of(command), nargs=count, action="append")
+    for option in ("--init", "--status", "--detail", "--reset"):
+        commands.add_argument(option, dest="command", action="store_const", const=option)
+    for option, value_of in WITH_VALUE.items():
+        commands.add_argument(option, nargs=3 if value_of is task_request else None, action="append")
     commands.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -654,70 +485,77 @@ def build_parser() -> Parser:
     return parser
 
 
-def option_of(command: Callable[..., Answer]) -> str:
-    return "--" + command.__name__.removeprefix("cmd_").replace("_", "-")
+def name_of(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 #: of the commands that need a value, what makes it of the words
-WITH_VALUE: dict[Callable[..., Answer], Callable[[Any], Any]] = {
-    cmd_allocate: task_request,
-    cmd_run: task_request,
-    cmd_release: str,
-    cmd_stop: str,
-    cmd_add_server: server_description,
-    cmd_remove_server: str,
-    cmd_disable: gpus_of_server,
-    cmd_enable: gpus_of_server,
+WITH_VALUE: dict[str, Callable[[Any], Any]] = {
+    "--allocate": task_request,
+    "--run": task_request,
+    "--release": str,
+    "--stop": str,
+    "--add-server": server_description,
+    "--remove-server": str,
+    "--disable": gpus_of_server,
+    "--enable": gpus_of_server,
 }
 
 #: with which commands an option can be used, and what ``argparse`` is told about it
-OPTIONS: dict[str, tuple[list[Callable[..., Answer]], dict[str, Any]]] = {
-    "--prefer-server": ([cmd_allocate], {"metavar": "ID"}),
-    "--wait": ([cmd_allocate, cmd_run], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
-    "--export": ([cmd_allocate], {}),
-    "--force": ([cmd_release, cmd_stop, cmd_reset], {}),
-    "--grace": ([cmd_stop], {"type": seconds, "metavar": "SECONDS"}),
-    "--server": ([cmd_init, cmd_reset], {"action": "append", "type": server_description, "dest": "servers"}),
-    "--detect": ([cmd_init, cmd_reset], {}),
-    "--min-gpus": ([cmd_init, cmd_reset], {"type": integer, "metavar": "N"}),
-    "--reason": ([cmd_disable], {"metavar": "TEXT"}),
-    "--watch": ([cmd_status], {"nargs": "?", "type": seconds, "const": 2.0, "metavar": "SECONDS"}),
-    "--yes": ([cmd_reset], {}),
+OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "--prefer-server": (["--allocate"], {"metavar": "ID"}),
+    "--wait": (["--allocate", "--run"], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
+    "--export": (["--allocate"], {}),
+    "--force": (["--release", "--stop", "--reset"], {}),
+    "--grace": (["--stop"], {"type": seconds, "metavar": "SECONDS"}),
+    "--server": (["--init", "--reset"], {"action": "append", "type": server_description, "dest": "servers"}),
+    "--detect": (["--init", "--reset"], {}),
+    "--min-gpus": (["--init", "--reset"], {"type": integer, "metavar": "N"}),
+    "--reason": (["--disable"], {"metavar": "TEXT"}),
+    "--watch": (["--status"], {"nargs": "?", "type": seconds, "const": 2.0, "metavar": "SECONDS"}),
+    "--yes": (["--reset"], {}),
 }
 
 
-def parse(parser: Parser, words: Sequence[str], job: list[str] | None) -> argparse.Namespace:
-    """Read the words before ``--``; ``command`` is the function to call, or ``None`` if none was asked for."""
+def parse(parser: argparse.ArgumentParser, words: Sequence[str], job: list[str] | None) -> argparse.Namespace:
+    """Read the words before ``--``; ``command`` is the option that names it, or ``None`` if none was asked for."""
+    from argparse import ArgumentTypeError
+
     for word in words:
         if safe(word) != word or "\n" in word:  # no refusal, by whomever, is to show it as it is
-            parser.error(say("制御文字を含む引数は使えません: {!r}", word))
+            wrong_usage(say("制御文字を含む引数は使えません: {!r}", word))
     args = parser.parse_args(words)
     args.job = job
     if args.help and not args.export:
         args.command = None
         return args
-    for command, value_of in WITH_VALUE.items():
-        option = option_of(command)
-        name = option.removeprefix("--").replace("-", "_")
-        values = getattr(args, name) or []
+    for option, value_of in WITH_VALUE.items():
+        values = getattr(args, name_of(option)) or []
         if len(values) > 1:  # argparse would forget all but the last
-            parser.error(say("{} は一度だけ指定してください", option))
+            wrong_usage(say("{} は一度だけ指定してください", option))
         for value in values:
-            args.command = command
+            args.command = option
             try:
-                setattr(args, name, value_of(value))
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"argument {option}: {error}")
-    if (args.command is cmd_run) != bool(job):
-        parser.error(say("コマンドは --run TASK_ID GPUS CPUS -- COMMAND … の形で指定してください"))
-    for option, (commands, settings) in OPTIONS.items():
-        given = getattr(args, settings.get("dest", option.removeprefix("--").replace("-", "_")))
-        if given is not None and given is not False and args.command not in commands:
-            parser.error(say("{} は {} と一緒に指定してください", option, say("・").join(map(option_of, commands))))
-    for one, other in (("json", "export"), ("detect", "servers"), ("json", "watch")):
-        if getattr(args, one) and getattr(args, other) is not None and getattr(args, other) is not False:
-            parser.error(say("--{} と --{} は一緒に指定できません", one, other.removesuffix("s")))
+                setattr(args, name_of(option), value_of(value))
+            except ArgumentTypeError as error:
+                wrong_usage(f"argument {option}: {error}")
+    if (args.command == "--run") != bool(job):
+        wrong_usage(say("コマンドは --run TASK_ID GPUS CPUS -- COMMAND … の形で指定してください"))
+    given = {option for option, (_, settings) in OPTIONS.items() if is_given(args, settings.get("dest", option))}
+    given |= {"--json"} if args.json else set()
+    for option in given - {"--json"}:
+        commands = OPTIONS[option][0]
+        if args.command not in commands:
+            wrong_usage(say("{} は {} と一緒に指定してください", option, say("・").join(commands)))
+    for one, other in (("--json", "--export"), ("--detect", "--server"), ("--json", "--watch")):
+        if {one, other} <= given:
+            wrong_usage(say("{} と {} は一緒に指定できません", one, other))
     return args
+
+
+def is_given(args: argparse.Namespace, option: str) -> bool:
+    value = getattr(args, name_of(option))
+    return value is not None and value is not False
 
 
 # --- Output and main ------------------------------------------------------------------------------
@@ -749,8 +587,9 @@ class Output:
             return code, "\n" * ("exit_code" in result) + self._json(ok=True, result=result)
         if self.export and "gpu_devices" in result:
             from gpu_resource_extensions.run_job import job_environment
+            from gpu_resource_manager_v01 import quoted
 
-            return code, "\n".join(f"export {name}={quote(it)}" for name, it in job_environment(result).items())
+            return code, "\n".join(f"export {name}={quoted(it)}" for name, it in job_environment(result).items())
         return code, render(result)
 
     def refused(self, refusal: Refusal, code: int) -> tuple[int, str]:
@@ -820,7 +659,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         text = say(HELP, COMMAND)
         return output.done((EXIT_OK, {"help": text}, lambda _: text.rstrip()))
     if args.version:
-        return output.done((EXIT_OK, {"version": VERSION}, lambda _: say("GPU リソースマネージャー v{}", VERSION)))
+        return output.done(done("GPU リソースマネージャー v{version}", version=VERSION))
     try:
         import gpu_resource_manager_v01 as library
 
@@ -829,16 +668,19 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from gpu_resource_extensions.detect_gpus import detected_server
 
                 args.servers = [detected_server()]
-            if args.command not in (cmd_init, cmd_status, cmd_detail):  # who changes the pool loads ``logging`` anyway
+            if args.command not in ("--init", "--status", "--detail"):  # who changes the pool loads ``logging`` anyway
                 show_warnings()
-            described = {} if args.command is cmd_reset else {"servers": args.servers, "min_gpus": args.min_gpus}
-            create = {cmd_init: True, cmd_status: False, cmd_detail: False}.get(args.command)
-            return output.done(args.command(library.GPUResourceManagerV01(create=create, **described), args))
+            described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
+            create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
+            manager = library.GPUResourceManagerV01(create=create, **described)
+            return output.done(command_of(args.command)(manager, args))
         except library.MissingPackageError:
             raise
         except library.ResourceManagerError as error:
             codes = [CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES]
-            raise Refusal(*(codes or [(EXIT_IO, "state_file")])[0], str(error), facts=vars(error)) from error
+            code, name = [*codes, (EXIT_IO, "state_file")][0]
+            code = getattr(error, "exit_code", code)  # of a command, as a shell has it
+            raise Refusal(code, name, str(error), facts=vars(error)) from error
     except ImportError as error:
         problem = say("必要なパッケージを読み込めません: {}", getattr(error, "reason", error))
         remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
@@ -851,6 +693,8 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
 CODES = {
     "DuplicateTaskError": (EXIT_USAGE, "duplicate_task"),
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
+    "CommandError": (EXIT_OURS, "command_not_started"),
+    "NotConfirmedError": (EXIT_NO, "not_confirmed"),
     "KeeperError": (EXIT_OURS, "not_started"),
     "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),

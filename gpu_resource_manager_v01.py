@@ -93,12 +93,19 @@ def printable(text: str) -> str:
     return re.sub(_UNSAFE_TEXT, "?", text) if is_unsafe(text) else text
 
 
+def quoted(word: str) -> str:
+    """Quote ``word`` for a POSIX shell, but only if it needs it: Japanese letters do not."""
+    plain = word and all(letter.isalnum() or letter in "_@%+=:,./-" for letter in word)
+    return word if plain else "'" + word.replace("'", "'\"'\"'") + "'"
+
+
 def say(template: str, /, *facts: object, **named: object) -> str:
     """Return ``template`` with its facts; it is Japanese here, and the key of its English counterpart."""
     if os.environ.get(LANGUAGE_VARIABLE) == "en":
-        from gpu_resource_extensions.english import ENGLISH
+        with suppress(ImportError):  # it is not beside us: then Japanese is better than nothing
+            from gpu_resource_extensions.english import ENGLISH
 
-        template = ENGLISH.get(template, template)
+            template = ENGLISH.get(template, template)
     return template.format(*facts, **named)
 
 
@@ -155,12 +162,13 @@ class TaskRunningError(ResourceManagerError):
 
     template = (
         "タスク {task_id!r} のプロセスが動いています: {who}\n"
-        "  対処: 終わるのを待つか、--stop {task_id} で終了させてください"
-        " (--release {task_id} --force は記録だけを消します。GPU は使われたまま、他のタスクに渡ります)"
+        "  対処: 終わるのを待つか、--stop {name} で終了させてください"
+        " (--release {name} --force は記録だけを消します。GPU は使われたまま、他のタスクに渡ります)"
     )
 
     def __init__(self, task_id: str, processes: Sequence[dict[str, Any]]) -> None:
         self.task_id, self.processes, self.who = task_id, processes, named_processes(processes)
+        self.name = quoted(task_id)
 
 
 class PoolConflictError(ResourceManagerError):
@@ -291,7 +299,8 @@ class MissingPackageError(ResourceManagerError, ImportError):
 
 
 _FROM_MADE_UP = (
-    "架空のサーバーから割り当てました: %s (実際の計算機は --reset --detect か --reset --server NAME:GPUS:CPUS で登録)"
+    "架空のサーバーから割り当てました: %s"
+    " (実際の計算機は --reset --detect か --reset --server NAME:GPUS:CPUS で登録してください)"
 )
 _LACKING = "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください"
 UNKNOWN_TASK = "タスクが見つかりません: %s"
@@ -544,9 +553,9 @@ def check_state(document: Any, before: State | None = None) -> None:
     """
     place: tuple[Any, ...] = ("最上位",)  # named only when something is wrong there
     try:
-        known = FORMAT_VERSION, DISABLED_VERSION
-        if isinstance(document, dict) and document.get("version") not in known:
-            raise ValueError(say("version {!r} には対応していません ({} のみ)", document.get("version"), known))
+        if isinstance(document, dict) and document.get("version") not in (FORMAT_VERSION, DISABLED_VERSION):
+            text = "version {!r} には対応していません ({!r} のみ)"
+            raise ValueError(say(text, document.get("version"), FORMAT_VERSION))
         check_record(document, State)
         if not document["servers"]:
             raise ValueError(say("servers が空です"))
@@ -811,7 +820,7 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
     reserved: set[int] = set()
     for request in state.get("waiting", ()):
         gpus, cpus = request["required_gpus"], request["required_cpus"]
-        closed = reserved | {server["server_id"] for server in state["servers"] if not could_hold(server, request)}
+        closed = reserved.union(server["server_id"] for server in state["servers"] if not could_hold(server, request))
         server = first_fit(state, gpus, cpus, request.get("prefer_server_id"), closed)
         if server:
             # Who asked, and keys that we do not know, go on into the task; what was asked does not.
@@ -1106,8 +1115,8 @@ def descriptions(servers: Sequence[Any]) -> list[ServerDescription]:
 
 
 def is_made_up(servers: Sequence[Any]) -> bool:
-    """Tell whether these are the servers of a pool that nobody has described."""
-    return descriptions(servers) == descriptions(new_state()["servers"])
+    """Tell whether the servers of a pool that nobody has described are among these."""
+    return {*descriptions(new_state()["servers"])} <= {*descriptions(servers)}
 
 
 # --- This machine: files, locks, processes --------------------------------------------------------
@@ -1860,11 +1869,11 @@ class GPUResourceManagerV01:
 
         return self._change(lambda state: disable(state, name, gpus, reason))
 
-    def enable(self, name: str, gpus: Sequence[int] | None = None) -> None:
-        """Put GPUs of a server, by default all, back in service; errors as :meth:`disable`."""
+    def enable(self, name: str, gpus: Sequence[int] | None = None) -> dict[str, str]:
+        """Put GPUs of a server, by default all, back in service; result and errors as :meth:`disable`."""
         from gpu_resource_extensions.servers import enable
 
-        self._change(lambda state: enable(state, name, gpus))
+        return self._change(lambda state: enable(state, name, gpus))
 
     def _described(self, servers: Sequence[ServerDescription] | None, min_gpus: int | None) -> State:
         """Return an idle pool as described, by default the one of the constants above."""

@@ -1,3 +1,499 @@
-"""The English counterpart of each Japanese text; loaded only for ``GPU_RESOURCE_LANG=en``."""
+"""The English counterpart of each Japanese template; loaded only for ``GPU_RESOURCE_LANG=en``.
 
-ENGLISH: dict[str, str] = {}
+In the order of the sources: the library, the command line, the other extensions.
+"""
+
+from __future__ import annotations
+
+ENGLISH: dict[str, str] = {
+    # The library: errors
+    "{parameter} {problem}: {value!r}\n  対処: {remedy}": "{parameter} {problem}: {value!r}\n  What to do: {remedy}",
+    "タスクID {value!r} {problem}\n  対処: {remedy}": "Task ID {value!r} {problem}\n  What to do: {remedy}",
+    (
+        "タスク {task_id!r} は {owner} のものです\n  対処: 本人に確認し、それでも解放するなら --force を付けてください"
+    ): "Task {task_id!r} belongs to {owner}\n  What to do: ask them; to release it all the same, add --force",
+    (
+        "タスク {task_id!r} のプロセスが動いています: {who}\n"
+        "  対処: 終わるのを待つか、--stop {name} で終了させてください"
+        " (--release {name} --force は記録だけを消します。GPU は使われたまま、他のタスクに渡ります)"
+    ): (
+        "Processes of task {task_id!r} are running: {who}\n"
+        "  What to do: wait until they have ended, or end them with --stop {name}"
+        " (--release {name} --force removes the record only: they go on using GPUs that others are then given)"
+    ),
+    (
+        "既存の状態ファイルの構成は指定と異なります: {resource_file}\n"
+        "  対処: 変えるなら、--init の代わりに --reset で同じ構成を指定してください"
+    ): (
+        "The pool that exists has other servers than those described: {resource_file}\n"
+        "  What to do: to change it, give the same description with --reset instead of --init"
+    ),
+    "終わるのを待つか、記録を消してよければ --reset --yes を指定してください": (
+        "wait until they have ended, or use --reset --yes if their records may go"
+    ),
+    "--stop TASK_ID で終了させるか、記録を消してよければ --reset --yes --force を指定してください": (
+        "end them with --stop TASK_ID, or use --reset --yes --force if their records may go"
+    ),
+    "実行中のタスクがあります: {}\n  対処: {}": "There are running tasks: {}\n  What to do: {}",
+    "GPU {required_gpus} 個と CPU {required_cpus} 個を同時に確保できるサーバーがありません": (
+        "no server has {required_gpus} GPUs and {required_cpus} CPUs free at once"
+    ),
+    "タスク {0} の中で動いているため、{0} が終わるまで空きません: ": (
+        "we run inside task {0}, so nothing comes free before {0} has ended: "
+    ),
+    "・": ", ",
+    "{} {} 個": "{1} {0}s",
+    "{}不足": "{} too few",
+    "先に待っている要求のために確保中": "reserved for requests that came earlier",
+    "対象外": "too small for it, or not asked for",
+    " (使用停止中: GPU {})": " (out of service: GPU {})",
+    "    {}: GPU {} 個・CPU {} 個 ({} から{})": "    {}: {} GPUs, {} CPUs (since {}{})",
+    "  空きの合計 (GPU {} 個・CPU {} 個) は足りますが、複数のサーバーに分散しています": (
+        "  what is free ({} GPUs, {} CPUs) would be enough, but it is scattered over several servers"
+    ),
+    "  次の {} 件が解放されれば足ります: {}": "  the release of these {} would be enough: {}",
+    "  先に待っている要求: {} 件": "  requests that wait ahead: {}",
+    "タスク {task_id!r} の待機は取り消されました": "The wait of task {task_id!r} was cancelled",
+    (
+        "ロック取得タイムアウト\n  {lock_file} と {directory} のロックを {timeout_s:g} 秒待ちましたが、"
+        "別のプロセスが使用中です\n  対処: しばらくして再実行するか、lslocks で保持しているプロセスを確認してください"
+        " (ロックファイルの削除は不要です)"
+    ): (
+        "Timeout of the lock\n  we waited for the locks of {lock_file} and {directory} for {timeout_s:g} seconds,"
+        " but another process holds them\n  What to do: try again later, or find the process with lslocks"
+        " (there is no need to delete the lock file)"
+    ),
+    "状態ファイルのエラー: {path}\n  原因: {reason}\n  対処: {remedy}": (
+        "Error of the state file: {path}\n  Reason: {reason}\n  What to do: {remedy}"
+    ),
+    "プールがありません: {path}\n  原因: {reason}\n  対処: {remedy}": (
+        "There is no pool: {path}\n  Reason: {reason}\n  What to do: {remedy}"
+    ),
+    (
+        "必要なパッケージを読み込めません: {reason}\n"
+        "  対処: filelock 3.30 以降を、この Python ({python}) に pip でインストールしてください"
+    ): "A package is missing: {reason}\n  What to do: pip install filelock 3.30 or later into this Python ({python})",
+    (
+        "架空のサーバーから割り当てました: %s"
+        " (実際の計算機は --reset --detect か --reset --server NAME:GPUS:CPUS で登録してください)"
+    ): (
+        "granted from made-up servers: %s"
+        " (describe the real ones with --reset --detect or --reset --server NAME:GPUS:CPUS)"
+    ),
+    "タスク %s の GPU %s は、記録では他のタスクのものです。どちらかを終了させてください": (
+        "by the record, GPUs of task %s are another task's: %s; end one of them"
+    ),
+    "タスクが見つかりません: %s": "There is no such task: %s",
+    "がファイルのパスではありません": "is no path of a file",
+    "パスを文字列で指定してください": "give the path as a text",
+    "が絶対パスではありません": "is no absolute path",
+    "/ で始まる状態ファイルのパスを指定してください": "give the path of the state file, which begins with /",
+    "の言語はありません": "is no language that we speak",
+    "ja か en を指定するか、指定をやめてください": "use ja or en, or leave it unset",
+    "が秒数ではありません": "is no number of seconds",
+    "0 以上 10 億以下の数か math.inf を指定してください": "give a number from 0 to 1e9, or math.inf",
+    "が正しくありません": "is not right",
+    "{least}-{most} の整数を指定してください": "give a whole number from {least} to {most}",
+    "制御文字を含まず - で始まらない 1-{most} 文字の文字列を指定してください": (
+        "give a text of 1-{most} characters without control characters that does not begin with -"
+    ),
+    "は既に実行中または待機中です": "runs or waits already",
+    "別のタスクIDを使うか、先に解放してください": "use another task ID, or release that one first",
+    "が空か、同じ名前が重複しています": "is empty, or has a name twice",
+    "異なる名前を指定してください": "give different names",
+    "のサーバーはありません": "is no server of this pool",
+    "{known} のいずれかを指定してください": "use one of {known}",
+    "の両方を備えたサーバーがありません": "is more than any one server has",
+    "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください": (
+        "see the totals of each server with --status, and ask for what one of them has"
+    ),
+    "が正しくありません。{why} (登録済み: {known})": "is not right: {why} (known: {known})",
+    "GPU_RESOURCE_SERVER でサーバー名を指定するか、--add-server NAME:GPUS:CPUS でこの計算機を登録してください": (
+        "name the server in GPU_RESOURCE_SERVER, or add this machine with --add-server NAME:GPUS:CPUS"
+    ),
+    "この計算機 ({}) にあたるサーバーがありません": "no server is this machine ({})",
+    "この計算機はサーバー {} です": "this machine is the server {}",
+    "この計算機にあたるサーバーが複数あります": "several servers are this machine",
+    "は使えません。この計算機は既にサーバー {name} として使われています": (
+        "cannot be used: this machine is in use as the server {name} already"
+    ),
+    "GPU_RESOURCE_SERVER に {name} を指定してください": "set GPU_RESOURCE_SERVER to {name}",
+    "内容を直すか、--reset --yes で作り直してください (元のファイルは保存されます)": (
+        "mend the content, or make it anew with --reset --yes (the file of now is kept aside)"
+    ),
+    (
+        "GPU_RESOURCE_FILE と /etc/gpu-resource-file が正しいか確認し、新しく作るなら "
+        "--init --detect か --init --server NAME:GPUS:CPUS を実行してください"
+    ): (
+        "check GPU_RESOURCE_FILE and /etc/gpu-resource-file; to make a new pool, use "
+        "--init --detect or --init --server NAME:GPUS:CPUS"
+    ),
+    "GPU_RESOURCE_FILE と /etc/gpu-resource-file が正しいか確認し、正しければディレクトリを作ってください": (
+        "check GPU_RESOURCE_FILE and /etc/gpu-resource-file; if they are right, make the directory"
+    ),
+    "インストールしたツールには、プールの場所の指定が要ります": "an installed tool has to be told where the pool is",
+    "/etc/gpu-resource-file の 1 行目か GPU_RESOURCE_FILE に、状態ファイルの絶対パスを書いてください": (
+        "write the absolute path of the state file into the first line of /etc/gpu-resource-file or GPU_RESOURCE_FILE"
+    ),
+    "1 行目が空です": "its first line is empty",
+    "1 行目に状態ファイルの絶対パスを書くか、このファイルを消してください": (
+        "write the absolute path of the state file into its first line, or delete it"
+    ),
+    "このファイルを読めるようにするか、消してください": "make this file readable, or delete it",
+    "ディレクトリです": "it is a directory",
+    "GPU_RESOURCE_FILE や /etc/gpu-resource-file には、ディレクトリではなく状態ファイルのパスを指定してください": (
+        "in GPU_RESOURCE_FILE or /etc/gpu-resource-file, name the state file, not a directory"
+    ),
+    "通常のファイルではありません": "it is no regular file",
+    "待っている間に移動されました": "it was moved while we waited",
+    "書き込めない内容です ({})": "this content cannot be written ({})",
+    "ファイルは変更していません。内容を確認してください": "the file is as it was; check the content",
+    "変更は書き込まれましたが、ディスクへの保存を確認できません ({})": (
+        "the change is written, but the disk does not confirm it ({})"
+    ),
+    "ディスクを確認し、--detail で現在の状態を確かめてください": "check the disk, and see with --detail how it stands",
+    "ディスクの空き容量を増やしてから再実行してください": "make room on the disk and try again",
+    "ディスクの割り当て (quota) を確認してから再実行してください": "check your disk quota and try again",
+    "ファイルサイズの制限 (ulimit -f) を確認してから再実行してください": (
+        "check the limit on the size of files (ulimit -f) and try again"
+    ),
+    "状態ファイルだけをマウントせず、それを含むディレクトリをマウントしてください": (
+        "do not mount the state file alone, but the directory that it lies in"
+    ),
+    "プロセス数の制限 (ulimit -u) を確認してから再実行してください": (
+        "check the limit on the number of processes (ulimit -u) and try again"
+    ),
+    "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください": (
+        "close some files or raise ulimit -n, and try again"
+    ),
+    "ディレクトリとファイルの権限を確認してください": "check the permissions of the directory and the file",
+    "状態ファイルのディレクトリが存在するか確認してください": "check that the directory of the state file exists",
+    "ロックが使えるローカルディスク上のファイルを GPU_RESOURCE_FILE で指定してください": (
+        "name a file on a local disk, where locks work, in GPU_RESOURCE_FILE"
+    ),
+    "ディスクとディレクトリの状態を確認してください": "check the disk and the directory",
+    # The library: the document
+    "UTF-8 として読めません ({} バイト目)": "it is no UTF-8 (byte {})",
+    "JSON の入れ子が深すぎます": "its JSON is nested too deeply",
+    "JSON として読めません ({})": "it is no JSON ({})",
+    "{} は有限の数ではありません": "{} is no finite number",
+    "最上位": "top level",
+    "version {!r} には対応していません ({!r} のみ)": "version {!r} is not supported (only {!r})",
+    "servers が空です": "servers is empty",
+    "lease の型が str ではありません": "lease is no str",
+    "JSON オブジェクトではありません": "it is no JSON object",
+    "がありません": "is missing",
+    "の型が {} ではありません": "is not of the type {}",
+    "が負の数です ({})": "is negative ({})",
+    "に制御文字が含まれています": "has control characters",
+    "が 0 以上の整数の昇順リストではありません": "is no ascending list of whole numbers from 0 up",
+    "disabled が、空いていない GPU の番号と理由の組ではありません": (
+        "disabled does not give the reason of GPU indices that are not available"
+    ),
+    "GPU 0 から total_gpus - 1 までが、available_gpus と allocated_gpus (と disabled) に一度ずつ現れていません": (
+        "GPUs 0 to total_gpus - 1 do not stand once each in available_gpus and allocated_gpus (and disabled)"
+    ),
+    "空きと割り当て済みの CPU の合計が total_cpus と一致しません": (
+        "available and allocated CPUs do not add up to total_cpus"
+    ),
+    "{} {!r} が重複しています": "{} {!r} occurs twice",
+    "が文字列ではありません": "is no text",
+    "が空です": "is empty",
+    "が {} 文字を超えています": "has more than {} characters",
+    "は - で始められません": "must not begin with -",
+    "に制御文字または不正な文字が含まれています": "has control characters or characters that are not valid",
+    "サーバー名": "name of the server",
+    "サーバーの GPU 数": "number of GPUs of the server",
+    "サーバーの CPU 数": "number of CPUs of the server",
+    " 他 {} 件": " and {} more",
+    # The library: the log
+    "使えない状態ファイルを %s に保存し、作り直しました": "the state file was of no use; kept as %s, and made anew",
+    "リソース不足: %s": "No room: %s",
+    "タスク %s の記録を消しましたが、プロセスが動いています: %s": (
+        "the record of task %s is gone, but its processes are running: %s"
+    ),
+    "プロセスが動いているタスクは残しました (--stop で終了できます): %s": (
+        "tasks whose processes run were left (--stop ends them): %s"
+    ),
+    "終了したタスクを回収しました: %s": "reclaimed tasks that have ended: %s",
+    # The command line: screens
+    "  対処: {}": "  What to do: {}",
+    "サーバー": "Server",
+    "GPU利用可/合計": "GPUs free/all",
+    "GPU使用率": "GPU use",
+    "CPU利用可/合計": "CPUs free/all",
+    "CPU使用率": "CPU use",
+    "実行中タスク": "Running tasks",
+    "GPU リソース状態": "GPU resources",
+    "タスク": "Task",
+    "利用者": "User",
+    "経過": "Age",
+    "種類": "Kind",
+    "ジョブ": "job",
+    "予約": "reservation",
+    "待機": "waiting",
+    "{} 個": "{}",
+    "{} 日": "{} d",
+    "{} 時間": "{} h",
+    "{} 分": "{} min",
+    "{} 秒": "{} s",
+    "  使用停止: {} の GPU {}": "  Out of service: {} GPU {}",
+    "プール: {}": "Pool: {}",
+    "  まだありません。最初の割り当てか --init が作ります": "  not there yet: the first allocation or --init makes it",
+    "  架空のサーバーがあります (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)": (
+        "  made-up servers (describe yours: {0} --detect or {0} --server NAME:GPUS:CPUS)"
+    ),
+    "合計:": "Total:",
+    "  GPU: {}/{} 利用可能": "  GPU: {}/{} available",
+    "  CPU: {}/{} 利用可能": "  CPU: {}/{} available",
+    "  実行中タスク: {}": "  Running tasks: {}",
+    "  待機中の要求: {}": "  Waiting requests: {}",
+    "  終了済み (次の変更で回収): {}": "  Ended (the next change reclaims them): {}",
+    "  1 タスクの範囲: GPU {}-{}、CPU 1-{}": "  One task may have: GPU {}-{}, CPU 1-{}",
+    "GPU リソース詳細": "GPU resources in detail",
+    "  利用可能GPU: {} ({}/{})": "  Available GPUs: {} ({}/{})",
+    "  利用可能CPU: {}/{}": "  Available CPUs: {}/{}",
+    " (終了済み: 次の変更で回収)": " (ended: the next change reclaims it)",
+    "      CPU数: {}": "      CPUs: {}",
+    "      開始時刻: {}": "      Start: {}",
+    "      要求元: {}": "      Asked by: {}",
+    "      プロセス: {}": "      Process: {}",
+    "待機中 {}: {} (GPU {}, CPU {}, {})": "Waiting {}: {} (GPU {}, CPU {}, {})",
+    " (終了済み)": " (ended)",
+    "最終更新: {}": "Last change: {}",
+    "  サーバー: {}\n  GPU ID: {}\n": "  Server: {}\n  GPU ID: {}\n",
+    "  CPU数: {}\n": "  CPUs: {}\n",
+    "✓ リソース割り当て成功:\n{}{}\n": "✓ Resources allocated:\n{}{}\n",
+    "✓ リソース割り当て成功！\n{}  GPUデバイス文字列: {}\n{}\n": "✓ Allocation succeeded!\n{}  GPU devices: {}\n{}\n",
+    "使用ヒント:\n  export CUDA_VISIBLE_DEVICES={}\n  export CUDA_DEVICE_ORDER=PCI_BUS_ID\n\n": (
+        "How to use them:\n  export CUDA_VISIBLE_DEVICES={}\n  export CUDA_DEVICE_ORDER=PCI_BUS_ID\n\n"
+    ),
+    "リソース解放:\n{}": "To release them:\n{}",
+    "待機中 ({} 番目): {}": "Waiting (number {}): {}",
+    "… 他 {} 行": "… {} more lines",
+    # The command line: commands
+    "✓ 初期化完了 (既存の状態は上書きしません): {}\n\n": "✓ The pool is there (nothing is overwritten): {}\n\n",
+    "--watch を表示する端末がありません": "There is no terminal to show --watch on",
+    "端末で実行するか、--watch を外してください": "run it in a terminal, or leave --watch out",
+    "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n": (
+        "Asking for resources:\n  Task ID: {}\n  GPUs: {}\n  CPUs: {}\n"
+    ),
+    "リソース不足: {}": "No room: {}",
+    "空きが出てから再実行するか、--wait で待ってください": "try again when there is room, or wait with --wait",
+    "サーバーがありません: {}": "There is no such server: {}",
+    "{} のいずれかを指定してください": "use one of {}",
+    "タスクID: {}": "Task ID: {}",
+    "✓ {} の GPU {} で実行します: {}": "✓ On {}, with GPU {}, runs: {}",
+    "✗ 解放を記録できませんでした: {}\n  対処: 次のコマンドが自動で回収します": (
+        "✗ The release could not be recorded: {}\n  What to do: nothing, the next command reclaims it"
+    ),
+    "リソース解放を試行中: {}": "Releasing: {}",
+    "✓ リソース解放完了: {task_id}\n✓ リソース解放成功！": "✓ Released: {task_id}\n✓ Release succeeded!",
+    "タスクのプロセスを終了中: {}": "Ending the processes of the task: {}",
+    "✓ プロセスは終了し、GPU は空きました: {task_id}": "✓ The processes have ended, the GPUs are free: {task_id}",
+    "--detail で実行中のタスクIDを確認してください": "see the task IDs with --detail",
+    "注意: {}": "Note: {}",
+    "確認するための端末がないため、リセットしません": "No reset: there is no terminal to ask on",
+    "確認を省くには --reset --yes を指定してください": "to go without the question, use --reset --yes",
+    "警告：すべての実行中タスクの記録がクリアされます！": "Warning: the records of all running tasks will be cleared!",
+    "  ファイル: {}\n  消える記録: {}": "  File: {}\n  Records that go: {}",
+    "なし": "none",
+    "続行しますか？ [y/N]:": "Go ahead? [y/N]:",
+    "はい": "はい",
+    "リセットを中止しました": "No reset",
+    "消してよければ y と答えてください": "if they may go, answer y",
+    "✓ システムリセット完了": "✓ The pool is reset",
+    "✓ サーバーを追加しました: {server_name} (ID: {server_id})": "✓ Added the server {server_name} (ID: {server_id})",
+    "✓ サーバーを外しました: {server_name}": "✓ Removed the server {server_name}",
+    "  そこで動いているタスクは、終わるまでそのまま続きます": "  Tasks that run there go on until they end",
+    "✓ 使用を再開しました: {server_name}": "✓ Back in service: {server_name}",
+    # The command line: the parser
+    "引数が正しくありません: {}": "Wrong usage: {}",
+    "{} --help で使い方を確認してください": "see {} --help",
+    "整数ではありません: {!r}": "no whole number: {!r}",
+    "時間ではありません (90、5m、2h、1d のように指定します): {!r}": "no time, such as 90, 5m, 2h, 1d: {!r}",
+    "NAME:GPUS:CPUS の形ではありません: {!r}": "not of the form NAME:GPUS:CPUS: {!r}",
+    "制御文字を含む引数は使えません: {!r}": "an argument with control characters cannot be used: {!r}",
+    "{} は一度だけ指定してください": "{} can be given only once",
+    "コマンドは --run TASK_ID GPUS CPUS -- COMMAND … の形で指定してください": (
+        "a command is given as --run TASK_ID GPUS CPUS -- COMMAND …"
+    ),
+    "{} は {} と一緒に指定してください": "{} goes with {}",
+    "{} と {} は一緒に指定できません": "{} and {} do not go together",
+    # The command line: main
+    "GPU_RESOURCE_LANG の言語はありません: {!r}": "GPU_RESOURCE_LANG: no language that we speak: {!r}",
+    "タスクIDを正確に出力できません: {!r}": "The task ID cannot be written exactly: {!r}",
+    "この端末の文字コードで表せるタスクIDを指定してください": (
+        "use a task ID that the encoding of this terminal has the characters of"
+    ),
+    "GPU リソースマネージャー v{version}": "GPU resource manager v{version}",
+    "必要なパッケージを読み込めません: {}": "A package is missing: {}",
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください": (
+        "run python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt"
+    ),
+    "gpu_resource_extensions を cli_v01.py と同じディレクトリに置いてください": (
+        "put gpu_resource_extensions into the directory of cli_v01.py"
+    ),
+    "中断しました": "Interrupted",
+    "--detail で現在の状態を確認できます": "see with --detail how things stand",
+    "✗ 出力できません: {}\n  対処: {}": "✗ The output cannot be written: {}\n  What to do: {}",
+    "出力先を直し、--detail で現在の状態を確かめてください": (
+        "mend where the output goes, and see with --detail how things stand"
+    ),
+    # Leases
+    "タスク {task_id!r} を終了できません。{reason}\n  対処: {remedy}": (
+        "Task {task_id!r} cannot be stopped: {reason}\n  What to do: {remedy}"
+    ),
+    "プロセスとの結び付きがありません": "it is not bound to processes",
+    "プロセスは自分で終了させ、--release {name} で返してください": (
+        "end its processes yourself, then use --release {name}"
+    ),
+    "別の計算機 ({host}) で動いています": "it runs on another machine ({host})",
+    "{host} で --stop {name} を実行してください": "use --stop {name} on {host}",
+    "プロセスとの結び付き (.leases/ のファイル) が失われています": "its lease (a file in .leases/) is lost",
+    "プロセスが残っていないことを確かめて、--release {name} --force で返してください": (
+        "see that no process of it is left, then use --release {name} --force"
+    ),
+    "このコマンド自身がその中で動いています": "this very command runs inside it",
+    "別の端末で --stop {name} を実行してください": "use --stop {name} in another terminal",
+    "ここからは見えないプロセス": "processes that cannot be seen from here",
+    "終了しないプロセスがあります: {who}": "some processes do not end: {who}",
+    "その利用者か管理者として --stop {name} を実行してください (誰が持つかは --detail で分かります)": (
+        "use --stop {name} as that user or as root (--detail shows who holds it)"
+    ),
+    # --run, --detect
+    "コマンドを実行できません: {word}: {reason}\n  対処: コマンドの綴り、PATH、実行権限を確認してください": (
+        "The command cannot be run: {word}: {reason}\n  What to do: check its spelling, PATH, and that it is executable"
+    ),
+    "注意: タスク {0} のプロセスがまだ動いています: {1}。終わるまで GPU は返りません (--stop {0} で終了できます)": (
+        "Note: processes of task {0} are still running: {1}; until they end, their GPUs are held (--stop {0} ends them)"
+    ),
+    "コマンドを始められません: {reason}\n  対処: ulimit -n と ulimit -u を確認してから再実行してください": (
+        "The command cannot be started: {reason}\n  What to do: check ulimit -n and ulimit -u, and try again"
+    ),
+    "{problem}\n  対処: {remedy}--init --server NAME:GPUS:CPUS で台数を指定してください": (
+        "{problem}\n  What to do: {remedy}give the numbers with --init --server NAME:GPUS:CPUS"
+    ),
+    "GPU の数が分かりません: nvidia-ml-py を読み込めません ({})": (
+        "The number of GPUs is not known: nvidia-ml-py cannot be loaded ({})"
+    ),
+    "この Python ({}) に pip で nvidia-ml-py をインストールするか、": (
+        "install nvidia-ml-py into this Python ({}) with pip, or "
+    ),
+    "GPU の数が分かりません: NVML: {}": "The number of GPUs is not known: NVML: {}",
+    "ドライバを確認するか、": "check the driver, or ",
+    "この計算機に NVIDIA GPU はありません": "This machine has no NVIDIA GPU",
+    "{problem}\n  対処: {remedy}": "{problem}\n  What to do: {remedy}",
+    # Servers
+    "のサーバーは既にあります": "is a server of this pool already",
+    "別の名前を指定してください": "use another name",
+    "がサーバー {name} の GPU の番号ではありません": "are no GPU indices of the server {name}",
+    "0-{last} の番号を , で区切って指定してください": "give indices from 0 to {last}, separated by commas",
+    "制御文字を含まない {most} 文字以内の文字列を指定してください": (
+        "give a text of at most {most} characters without control characters"
+    ),
+    "理由": "the reason",
+    "サーバー {name} を外せません。{reason}\n  対処: {remedy}": (
+        "The server {name} cannot be removed: {reason}\n  What to do: {remedy}"
+    ),
+    "タスクが動いているか待っています ({tasks})": "tasks run or wait there ({tasks})",
+    "終わるのを待ってから再実行してください。新しいタスクを入れないためには --disable {name} を使えます": (
+        "try again when they have ended; --disable {name} keeps new ones away"
+    ),
+    "最後のサーバーです": "it is the last one",
+    "別のサーバーを --add-server で登録してから再実行してください": "add another one with --add-server first",
+    # Help
+    """\
+usage: {} コマンド [オプション]
+
+GPU リソースマネージャー: 数台の GPU サーバーを数人で共有する
+
+コマンド:
+  --init                           状態ファイルがなければ作成する
+  --status                         リソース状態を表示する
+  --detail                         サーバーとタスクの詳細を表示する
+  --allocate TASK_ID GPUS CPUS     タスクに GPU と CPU を割り当てる
+  --run TASK_ID GPUS CPUS -- コマンド …
+                                   コマンドをこの計算機の GPU で実行し、終わったら解放する
+  --release TASK_ID                タスクのリソースを解放する
+  --stop TASK_ID                   タスクのプロセスを終了させて解放する
+  --reset                          すべてのタスクの記録を消す (確認あり)
+  --add-server NAME:GPUS:CPUS      サーバーを追加する
+  --remove-server NAME             使われていないサーバーを外す
+  --disable NAME[:GPU,…]           サーバーか GPU に新しいタスクを入れない
+  --enable NAME[:GPU,…]            その使用を再開する
+  --version                        バージョンを表示する
+  -h, --help                       この使い方を表示する
+  TASK_ID を - にすると、--allocate と --run は重ならない名前を付けて、それを表示する
+
+オプション:
+  --prefer-server ID               --allocate で優先するサーバーの ID か名前
+  --wait [SECONDS]                 --allocate と --run で、空くまで順番を待つ (90、5m、2h、1d。省くと無期限)
+  --export                         --allocate の結果を eval "$(…)" のための行で出力する
+  --force                          --release、--stop で他の利用者のタスクも対象にする。
+                                   --release、--reset で動いているタスクの記録も消す
+  --grace SECONDS                  --stop で強制終了するまでの秒数 (指定しなければ 10)
+  --server NAME:GPUS:CPUS          --init と --reset で実際のサーバーを登録する (繰り返し可)
+  --detect                         --init と --reset でこの計算機を調べて登録する
+  --min-gpus N                     --init と --reset で 1 タスクの最小 GPU 数を決める
+  --reason TEXT                    --disable の理由 (--status に表示される)
+  --watch [SECONDS]                --status を Ctrl-C まで繰り返す (秒数を省くと 2)
+  --yes                            --reset の確認を省く
+  --json                           結果を 1 つの JSON 文書で出力する
+
+環境変数:
+  GPU_RESOURCE_FILE                状態ファイル (なければ /etc/gpu-resource-file の 1 行目)
+  GPU_RESOURCE_SERVER              この計算機にあたるサーバーの名前
+  GPU_RESOURCE_LANG                en: English
+
+終了コード:
+  0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 /
+  125 --run の失敗 / 126 実行不可 / 127 コマンドなし / 130 中断
+""": """\
+usage: {} COMMAND [options]
+
+GPU resource manager: several people share a few GPU servers
+
+Commands:
+  --init                           make the pool if there is none
+  --status                         show what is free and who has what
+  --detail                         show servers and tasks in detail
+  --allocate TASK_ID GPUS CPUS     give a task GPUs and CPUs
+  --run TASK_ID GPUS CPUS -- COMMAND …
+                                   run a command on GPUs of this machine, release them when it ends
+  --release TASK_ID                release what a task holds
+  --stop TASK_ID                   end the processes of a task and release what it holds
+  --reset                          clear the records of all tasks (asks first)
+  --add-server NAME:GPUS:CPUS      add a server
+  --remove-server NAME             remove a server that nobody uses
+  --disable NAME[:GPU,…]           place nothing new on a server, or on some of its GPUs
+  --enable NAME[:GPU,…]            put them back in service
+  --version                        show the version
+  -h, --help                       show this
+  With - as TASK_ID, --allocate and --run make a name of their own and say it
+
+Options:
+  --prefer-server ID               id or name of the server that --allocate tries first
+  --wait [SECONDS]                 with --allocate and --run: stand in line (90, 5m, 2h, 1d; for ever without)
+  --export                         print the result of --allocate as lines for eval "$(…)"
+  --force                          with --release, --stop: tasks of others too;
+                                   with --release, --reset: records of tasks that run, too
+  --grace SECONDS                  with --stop: how long before it kills (10 unless given)
+  --server NAME:GPUS:CPUS          with --init and --reset: a real server (again for each)
+  --detect                         with --init and --reset: this machine, as it is found
+  --min-gpus N                     with --init and --reset: the fewest GPUs of a task
+  --reason TEXT                    with --disable: why (--status shows it)
+  --watch [SECONDS]                repeat --status until Ctrl-C (every 2 s unless given)
+  --yes                            with --reset: do not ask
+  --json                           print the result as one JSON document
+
+Environment:
+  GPU_RESOURCE_FILE                the state file (else the first line of /etc/gpu-resource-file)
+  GPU_RESOURCE_SERVER              the name of the server that this machine is
+  GPU_RESOURCE_LANG                en: English
+
+Exit codes:
+  0 done / 1 the answer is no / 2 wrong usage / 74 cannot read or write / 75 try again later /
+  125 failure of --run / 126 cannot be run / 127 no such command / 130 interrupted
+""",
+}

@@ -38,6 +38,7 @@ from gpu_resource_manager_v01 import (
     new_in_place,
     placed_tasks,
     printable,
+    quoted,
     records,
     remove_task,
     say,
@@ -62,21 +63,21 @@ class NotStoppableError(ResourceManagerError):
 
     def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:
         self.task_id = task_id
-        self.reason, self.remedy = say(reason, **facts), say(remedy, task_id=task_id, **facts)
+        self.reason, self.remedy = say(reason, **facts), say(remedy, name=quoted(task_id), **facts)
 
 
 # For NotStoppableError: the reason, and what to do.
-_NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {task_id} で返してください"
-_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で --stop {task_id} を実行してください"
+_NO_LEASE = "プロセスとの結び付きがありません", "プロセスは自分で終了させ、--release {name} で返してください"
+_ANOTHER_MACHINE = "別の計算機 ({host}) で動いています", "{host} で --stop {name} を実行してください"
 _LEASE_IS_LOST = (
     "プロセスとの結び付き (.leases/ のファイル) が失われています",
-    "プロセスが残っていないことを確かめて、--release {task_id} --force で返してください",
+    "プロセスが残っていないことを確かめて、--release {name} --force で返してください",
 )
-_OWN_TREE = "このコマンド自身がその中で動いています", "別の端末で --stop {task_id} を実行してください"
+_OWN_TREE = "このコマンド自身がその中で動いています", "別の端末で --stop {name} を実行してください"
 _UNSEEN = "ここからは見えないプロセス"
 _STILL_THERE = (
     "終了しないプロセスがあります: {who}",
-    "その利用者か管理者として --stop {task_id} を実行してください (誰が持つかは --detail で分かります)",
+    "その利用者か管理者として --stop {name} を実行してください (誰が持つかは --detail で分かります)",
 )
 
 

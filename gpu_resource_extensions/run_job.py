@@ -14,13 +14,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from shutil import which
-from typing import Any
+from typing import Any, Protocol
 
-from gpu_resource_extensions.leases import LOWEST_DESCRIPTOR
-from gpu_resource_manager_v01 import ResourceManagerError
+from gpu_resource_extensions.leases import LOWEST_DESCRIPTOR, descendants
+from gpu_resource_manager_v01 import (
+    Allocation,
+    GPUResourceManagerV01,
+    ResourceManagerError,
+    named_processes,
+    quoted,
+    say,
+    user_name,
+)
 
 _SI_KERNEL = 0x80  # <asm-generic/siginfo.h>: sent by the kernel, here the terminal
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NAME = 36, 15  # <linux/prctl.h>
@@ -78,6 +87,16 @@ def check_command(word: str, environment: Mapping[str, str]) -> None:
         raise OSError(code, os.strerror(code))
 
 
+class CommandError(ResourceManagerError):
+    """The command cannot be started; nothing was run. Its own ``exit_code`` is the one that a shell would give."""
+
+    template = "コマンドを実行できません: {word}: {reason}\n  対処: コマンドの綴り、PATH、実行権限を確認してください"
+
+    def __init__(self, word: str, error: OSError) -> None:
+        self.word, self.reason = word, error.strerror
+        self.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
+
+
 class KeeperError(ResourceManagerError):
     """The keeper of a command cannot be started; nothing was run."""
 
@@ -85,6 +104,76 @@ class KeeperError(ResourceManagerError):
 
     def __init__(self, error: OSError) -> None:
         self.reason = error.strerror
+
+
+class Told(Protocol):
+    """Who is told how a wait goes on, and of its end by a text that takes its place."""
+
+    def __call__(self, position: int, reason: str) -> None: ...
+
+    def end(self, text: str) -> None: ...
+
+
+def run_job(
+    manager: GPUResourceManagerV01,
+    asked: tuple[str, int, int],
+    words: list[str],
+    tool: str,
+    command: str,
+    wait_s: float,
+    line: Told,
+    tell: Callable[[str], None],
+) -> tuple[int, Allocation]:
+    """Run a command on GPUs of this machine; return its exit code, and what it was granted.
+
+    :param asked: task, GPUs and CPUs; with ``-`` as the task it gets a name of its own, which is told.
+    :param words: the command.
+    :param tool: as for :func:`users_environment`.
+    :param command: what is recorded of it.
+    :param line: told how the wait goes on.
+    :param tell: told of what happens otherwise.
+    :raises CommandError: there is no such command; that is found out ahead of the wait.
+    """
+    task_id, gpus, cpus = asked
+    environment, code = users_environment(tool), None
+    try:
+        check_command(words[0], environment)
+    except OSError as error:
+        raise CommandError(words[0], error) from error
+    if task_id == "-":
+        task_id = new_task_id(words)
+        tell(say("タスクID: {}", task_id))
+
+    def report_left(pid: int) -> None:
+        who = named_processes([process._asdict() for process in descendants(pid)])
+        text = "注意: タスク {0} のプロセスがまだ動いています: {1}。終わるまで GPU は返りません (--stop {0} で終了できます)"
+        tell(say(text, quoted(task_id), who))
+
+    job = Job(words, report_left)
+    try:
+        with manager.allocation(
+            task_id, gpus, cpus, wait_s=wait_s, on_wait=line, command=command, keeper=job.kept
+        ) as granted:
+            line.end(say("✓ {} の GPU {} で実行します: {}", granted["server_name"], granted["gpu_devices"], task_id))
+            try:
+                code = job.run({**environment, **job_environment(granted)})
+            except OSError as error:  # it has vanished meanwhile
+                gone = CommandError(words[0], error)
+                tell(f"✗ {gone}")
+                code = gone.exit_code
+    except (ResourceManagerError, KeyboardInterrupt) as error:
+        if code is None:
+            raise
+        # The job's exit code stands; what it held is taken back by the next change of anybody.
+        tell(say("✗ 解放を記録できませんでした: {}\n  対処: 次のコマンドが自動で回収します", error))
+    return code, granted
+
+
+def new_task_id(words: Sequence[str]) -> str:
+    """Return an identifier that nobody else has: who, the script or program of a command, when, and our pid."""
+    program = next((word for word in words if word.endswith((".py", ".sh"))), words[0])
+    what = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in os.path.basename(program))
+    return f"{user_name(os.getuid())[:40]}-{what[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 class Job:

@@ -21,6 +21,7 @@ from gpu_resource_manager_v01 import (
     hold,
     is_unsafe,
     new_servers,
+    quoted,
     say,
     unheld_gpus,
 )
@@ -48,7 +49,7 @@ class ServerNeededError(ResourceManagerError):
     def __init__(self, name: str, task_ids: Sequence[str]) -> None:
         self.name, self.task_ids = name, task_ids
         reason, remedy = _IN_USE if task_ids else _LAST
-        self.reason, self.remedy = say(reason, tasks=", ".join(task_ids)), say(remedy, name=name)
+        self.reason, self.remedy = say(reason, tasks=", ".join(task_ids)), say(remedy, name=quoted(name))
 
 
 def find_server(state: State, name: str) -> Server:
@@ -96,15 +97,14 @@ def disable(state: State, name: str, gpus: Sequence[int] | None, reason: str) ->
     if not isinstance(reason, str) or len(reason) > MAX_REASON_LENGTH or is_unsafe(reason):
         raise InvalidRequestError("理由", reason, *_NO_REASON, most=MAX_REASON_LENGTH)
     chosen = _chosen(server, gpus)
-    _set_disabled(server, {**server.get("disabled", {}), **dict.fromkeys(map(str, chosen), reason)})
-    return server["disabled"]
+    return _set_disabled(server, {**server.get("disabled", {}), **dict.fromkeys(map(str, chosen), reason)})
 
 
-def enable(state: State, name: str, gpus: Sequence[int] | None) -> None:
-    """Put GPUs, by default all, back in service."""
+def enable(state: State, name: str, gpus: Sequence[int] | None) -> dict[str, str]:
+    """Put GPUs, by default all, back in service. Return all that are still out of it."""
     server = find_server(state, name)
     chosen = {*map(str, _chosen(server, gpus))}
-    _set_disabled(server, {gpu: why for gpu, why in server.get("disabled", {}).items() if gpu not in chosen})
+    return _set_disabled(server, {gpu: why for gpu, why in server.get("disabled", {}).items() if gpu not in chosen})
 
 
 def _chosen(server: Server, gpus: Sequence[int] | None) -> list[int]:
@@ -116,11 +116,12 @@ def _chosen(server: Server, gpus: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _set_disabled(server: Server, disabled: dict[str, str]) -> None:
+def _set_disabled(server: Server, disabled: dict[str, str]) -> dict[str, str]:
     server["disabled"] = dict(sorted(disabled.items(), key=lambda item: int(item[0])))
     server["available_gpus"] = sorted(unheld_gpus(server) - gpu_set(disabled))
     if not disabled:
         del server["disabled"]
+    return disabled
 
 
 def keep_tasks(state: State, servers: list[Server], kept: Sequence[tuple[Server, Task]]) -> list[str]:

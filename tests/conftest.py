@@ -63,6 +63,15 @@ def made_pool(pool: Path) -> Path:
     return pool
 
 
+@pytest.fixture
+def absent_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The path of a state file that the environment names and nobody has made, alone in its directory."""
+    (tmp_path / "absent").mkdir()
+    path = tmp_path / "absent" / "resource_status.json"
+    monkeypatch.setenv("GPU_RESOURCE_FILE", str(path))
+    return path
+
+
 class Children:
     """Real processes, forked from the test; a child that raises prints its traceback and exits 1."""
 

@@ -14,6 +14,12 @@ from conftest import GUARD_S, PROJECT
 CLI = PROJECT / "cli_v01.py"
 
 
+def made_up_note(pool: Path) -> str:
+    """Return what a command says on stderr that was given GPUs which nobody has."""
+    how = "--reset --detect か --reset --server NAME:GPUS:CPUS で登録してください"
+    return f"注意: 架空のサーバーから割り当てました: {pool} (実際の計算機は {how})\n"
+
+
 class Result(NamedTuple):
     code: int
     out: str

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import BOTH_FILES, GUARD_S, PROJECT, names, running
 from filelock import FileLock
-from screens import CLI, Result, cli, finish, start
+from screens import CLI, Result, cli, finish, made_up_note, start
 from wcwidth import wcswidth
 
 from cli_v01 import HELP, build_parser
@@ -62,20 +62,29 @@ TOTALS_IDLE = """\
   GPU: 32/32 利用可能
   CPU: 256/256 利用可能
   実行中タスク: 0
+  1 タスクの範囲: GPU 2-8、CPU 1-64
 """
 
-STATUS_IDLE = f"""\
-================================= GPU リソース状態 =================================
-┌──────────────┬──────────────────┬─────────────┬──────────────────┬─────────────┬────────────────┐
-│ サーバー     │  GPU利用可/合計  │  GPU使用率  │  CPU利用可/合計  │  CPU使用率  │  実行中タスク  │
-├──────────────┼──────────────────┼─────────────┼──────────────────┼─────────────┼────────────────┤
-│ gpu-server-0 │       8/8        │    0.0%     │      64/64       │    0.0%     │       0        │
-│ gpu-server-1 │       8/8        │    0.0%     │      64/64       │    0.0%     │       0        │
-│ gpu-server-2 │       8/8        │    0.0%     │      64/64       │    0.0%     │       0        │
-│ gpu-server-3 │       8/8        │    0.0%     │      64/64       │    0.0%     │       0        │
-└──────────────┴──────────────────┴─────────────┴──────────────────┴─────────────┴────────────────┘
 
-{TOTALS_IDLE}"""
+def status_idle(pool: Path) -> str:
+    """The first screen of all, in 80 columns; of a longer path, its end is shown."""
+    path = str(pool)
+    return f"""\
+============================= GPU リソース状態 ==============================
+┌────────────┬──────────────┬─────────┬──────────────┬─────────┬────────────┐
+│サーバー    │GPU利用可/合計│GPU使用率│CPU利用可/合計│CPU使用率│実行中タスク│
+├────────────┼──────────────┼─────────┼──────────────┼─────────┼────────────┤
+│gpu-server-0│     8/8      │  0.0%   │    64/64     │  0.0%   │     0      │
+│gpu-server-1│     8/8      │  0.0%   │    64/64     │  0.0%   │     0      │
+│gpu-server-2│     8/8      │  0.0%   │    64/64     │  0.0%   │     0      │
+│gpu-server-3│     8/8      │  0.0%   │    64/64     │  0.0%   │     0      │
+└────────────┴──────────────┴─────────┴──────────────┴─────────┴────────────┘
+
+{TOTALS_IDLE}
+プール: {path if len(path) <= 72 else "…" + path[-71:]}
+  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
+"""
+
 
 ALLOCATED = """\
 リソース割り当てを試行中:
@@ -109,7 +118,7 @@ RELEASED = """\
 """
 
 DETAIL = """\
-================================= GPU リソース詳細 =================================
+============================= GPU リソース詳細 ==============================
 gpu-server-0 (ID: 0)
   利用可能GPU: [4, 5, 6, 7] (4/8)
   利用可能CPU: 32/64
@@ -136,15 +145,17 @@ gpu-server-3 (ID: 3)
   実行中タスク: 0
 
 最終更新: TIME
+プール: {pool}
+  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
 """
 
 RESET = "✓ システムリセット完了\n"
 
 
-def test_init_names_the_new_file_and_shows_an_idle_pool(pool: Path) -> None:
-    screen = f"✓ 初期化完了 (既存の状態は上書きしません): {pool}\n\n{TOTALS_IDLE}"
+def test_init_names_the_new_file_and_shows_an_idle_pool(absent_pool: Path) -> None:
+    screen = f"✓ 初期化完了 (既存の状態は上書きしません): {absent_pool}\n\n{TOTALS_IDLE}"
     assert cli("--init") == (0, screen, "")
-    assert names(pool) == BOTH_FILES
+    assert names(absent_pool) == BOTH_FILES
 
 
 def test_init_leaves_an_existing_file_unchanged(busy: Path) -> None:
@@ -153,15 +164,15 @@ def test_init_leaves_an_existing_file_unchanged(busy: Path) -> None:
     assert busy.read_bytes() == before
 
 
-def test_screens_from_the_first_status_to_the_reset() -> None:
-    assert cli("--status") == (0, STATUS_IDLE, "")
-    assert cli("--allocate", "my_task_001", "4", "32") == (0, ALLOCATED, "")
+def test_screens_from_the_first_status_to_the_reset(pool: Path) -> None:
+    assert cli("--status") == (0, status_idle(pool), "")
+    assert cli("--allocate", "my_task_001", "4", "32") == (0, ALLOCATED, made_up_note(pool))
     code, out, err = cli("--detail")
-    assert (code, without_times(out), err) == (0, DETAIL, "")
+    assert (code, without_times(out), err) == (0, DETAIL.format(pool=pool), "")
     assert cli("--release", "my_task_001") == (0, RELEASED, "")
-    assert cli("--allocate", "my_task_001", "4", "32") == (0, ALLOCATED, "")
+    assert cli("--allocate", "my_task_001", "4", "32") == (0, ALLOCATED, made_up_note(pool))
     assert cli("--reset", "--yes") == (0, RESET, "")
-    assert cli("--status") == (0, STATUS_IDLE, "")
+    assert cli("--status") == (0, status_idle(pool), "")
 
 
 def test_status_table_lines_up_on_a_screen_whatever_the_names_and_numbers(busy: Path) -> None:
@@ -172,7 +183,7 @@ def test_status_table_lines_up_on_a_screen_whatever_the_names_and_numbers(busy: 
     screen = cli("--status").out
     table = [line for line in screen.splitlines() if line[0:1] in tuple("┌│├└")]
     assert len(table) == 8
-    assert len({wcswidth(line) for line in table}) == 1, screen
+    assert len({wcswidth(line) for line in [*screen.splitlines()[:1], *table]}) == 1, screen
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in table if line[0] == "│"]
     assert cells == [
         ["サーバー", "GPU利用可/合計", "GPU使用率", "CPU利用可/合計", "CPU使用率", "実行中タスク"],
@@ -187,13 +198,13 @@ def test_version_is_one_line() -> None:
     assert cli("--version") == (0, "GPU リソースマネージャー v0.1\n", "")
 
 
-def test_no_option_at_all_prints_the_help(pool: Path) -> None:
+def test_no_option_at_all_prints_the_help(absent_pool: Path) -> None:
     help_screen = cli("--help")
     assert cli() == help_screen
     assert help_screen.code == 0
     assert help_screen.err == ""
-    assert help_screen.out.startswith("usage: cli_v01.py")
-    assert names(pool) == []
+    assert help_screen.out.startswith("usage: python cli_v01.py コマンド")
+    assert names(absent_pool) == []
 
 
 def test_help_names_exactly_the_options_that_there_are() -> None:
@@ -206,7 +217,7 @@ def test_help_names_exactly_the_options_that_there_are() -> None:
 
 def test_help_is_given_whatever_it_is_asked_with_unless_that_is_wrong() -> None:
     assert cli("--status", "--help") == cli("-h") == cli("--help")
-    assert json.loads(cli("--help", "--json").out)["result"]["help"] == HELP
+    assert json.loads(cli("--help", "--json").out)["result"]["help"] == HELP.format("python cli_v01.py")
     assert cli("--help", "--unknown").code == 2
 
 
@@ -224,9 +235,7 @@ def test_example_1_one_user_trains_and_releases(pool: Path) -> None:
 def test_example_2_a_third_user_gets_what_the_first_released() -> None:
     for user in ("user_a_task", "user_b_task"):
         assert cli("--allocate", user, "4", "32").code == 0
-    assert "│ gpu-server-0 │       0/8        │   100.0%    │       0/64       │   100.0%    │       2        │" in (
-        cli("--status").out
-    )
+    assert "│gpu-server-0│     0/8      │ 100.0%  │     0/64     │ 100.0%  │     2      │" in cli("--status").out
     assert cli("--release", "user_a_task").code == 0
     third = cli("--allocate", "user_c_task", "4", "32")
     assert "  サーバー: gpu-server-0\n  GPU ID: [0, 1, 2, 3]\n" in third.out
@@ -246,6 +255,15 @@ else:
 """
 
 
+def copy_the_two_files(directory: Path) -> None:
+    """Copy command and library so that they never meet a pool of the machine that the tests run on."""
+    shutil.copy(PROJECT / "cli_v01.py", directory)
+    library = (PROJECT / "gpu_resource_manager_v01.py").read_text("utf-8")
+    assert library.count(' = "/etc/gpu-resource-file"') == 1
+    library = library.replace(' = "/etc/gpu-resource-file"', f' = "{directory}/no-machine-file"')
+    (directory / "gpu_resource_manager_v01.py").write_text(library, "utf-8")
+
+
 @pytest.mark.parametrize("variable", [True, False], ids=["GPU_RESOURCE_FILE", "beside-the-module"])
 def test_example_3_a_script_elsewhere_and_the_cli_share_one_pool(
     variable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,8 +271,9 @@ def test_example_3_a_script_elsewhere_and_the_cli_share_one_pool(
     checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
     checkout.mkdir()
     elsewhere.mkdir()
-    for module in ("cli_v01.py", "gpu_resource_manager_v01.py"):
-        shutil.copy(PROJECT / module, checkout)
+    copy_the_two_files(checkout)
+    package = "gpu_resource_extensions"
+    shutil.copytree(PROJECT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
     (elsewhere / "train.py").write_text(EXAMPLE_3, "utf-8")
     (elsewhere / "gpu").symlink_to(checkout / "cli_v01.py")
     if not variable:
@@ -267,7 +286,8 @@ def test_example_3_a_script_elsewhere_and_the_cli_share_one_pool(
     assert "    - my_task\n" in run(str(checkout / "cli_v01.py"), "--detail").out
     assert "    - my_task\n" in run("gpu", "--detail").out, "and through a link to the command"
     assert run("train.py", "release") == (0, "True\n", "")
-    assert run("gpu", "--status").out == STATUS_IDLE
+    used = tmp_path if variable else checkout
+    assert run("gpu", "--status").out == status_idle(used / "resource_status.json")
     assert (checkout / "resource_status.json").exists() is not variable
 
 
@@ -456,7 +476,7 @@ def test_reset_sets_a_damaged_state_file_aside_and_says_so(busy: Path) -> None:
     assert result.err.startswith("注意: 使えない状態ファイルを ")
     (aside,) = busy.parent.glob("resource_status.json.corrupt-*")
     assert aside.read_bytes() == b"{"
-    assert cli("--status").out == STATUS_IDLE
+    assert cli("--status").out == status_idle(busy)
 
 
 def test_missing_directory_is_reported_with_its_path(pool: Path) -> None:
@@ -466,14 +486,15 @@ def test_missing_directory_is_reported_with_its_path(pool: Path) -> None:
 
 
 @pytest.mark.parametrize("redirect", ["", ">&-"])
-def test_relative_state_file_in_a_vanished_directory_is_reported(redirect: str, tmp_path: Path) -> None:
+def test_relative_state_file_is_refused_even_in_a_vanished_directory(redirect: str, tmp_path: Path) -> None:
     vanished = tmp_path / "vanished"
     vanished.mkdir()
     remove = f"import os, sys; os.rmdir(os.getcwd()); os.execv({sys.executable!r}, [sys.executable, *sys.argv[1:]])"
     result = finish(
         start("-c", remove, str(CLI), "--status", cwd=vanished, redirect=redirect, env={"GPU_RESOURCE_FILE": "x.json"})
     )
-    assert_refused(result, 74)
+    assert_refused(result, 2)
+    assert "GPU_RESOURCE_FILE が絶対パスではありません: 'x.json'" in result.err
     assert "出力" not in result.err, "it is not the output that failed"
 
 
@@ -540,18 +561,25 @@ def test_interrupt_while_waiting_for_the_lock_changes_nothing(locked: Path) -> N
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt_while_the_library_is_imported_is_no_crash(
-    pool: Path, tmp_path_factory: pytest.TempPathFactory
+    absent_pool: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     # The first module that the library imports and the command has not yet sends the signal.
     fake = tmp_path_factory.mktemp("path")
     (fake / "json.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsignal.pause()\n")
-    assert cli("--status", env={"PYTHONPATH": str(fake)}) == (130, "", INTERRUPTED)
-    assert names(pool) == []
+    assert cli("--init", env={"PYTHONPATH": str(fake)}) == (130, "", INTERRUPTED)
+    assert names(absent_pool) == []
 
 
 # --- Reset asks first -----------------------------------------------------------------------------
 
-QUESTION = "警告：すべての実行中タスクの記録がクリアされます！\n続行しますか？ [y/N]:\n"
+
+def question(pool: Path) -> str:
+    return (
+        "警告：すべての実行中タスクの記録がクリアされます！\n"
+        f"  ファイル: {pool}\n"
+        "  消える記録: running\n"
+        "続行しますか？ [y/N]:\n"
+    )
 
 
 @contextlib.contextmanager
@@ -566,10 +594,10 @@ def reset_on_terminal(typed: bytes, env: Mapping[str, str] | None = None) -> Ite
         os.close(keyboard)
 
 
-@pytest.mark.parametrize("typed", [b"y\n", b"Y\n", b"yes\n"])
-def test_reset_on_a_terminal_goes_ahead_after_yes(typed: bytes, busy: Path) -> None:
-    with reset_on_terminal(typed) as process:
-        assert finish(process) == (0, RESET, QUESTION)
+@pytest.mark.parametrize("typed", ["y\n", "Y\n", "yes\n", "YES\n", "はい\n"])
+def test_reset_on_a_terminal_goes_ahead_after_yes(typed: str, busy: Path) -> None:
+    with reset_on_terminal(typed.encode()) as process:
+        assert finish(process) == (0, RESET, question(busy))
     assert running(busy) == []
 
 
@@ -581,7 +609,7 @@ def test_reset_on_a_terminal_stops_after_anything_else(typed: bytes, busy: Path)
         assert finish(process) == (
             1,
             "",
-            f"{QUESTION}✗ リセットを中止しました\n  対処: 消してよければ y と答えてください\n",
+            f"{question(busy)}✗ リセットを中止しました\n  対処: 消してよければ y と答えてください\n",
         )
     assert busy.read_bytes() == before
 
@@ -598,7 +626,7 @@ def test_interrupt_at_the_question_resets_nothing(busy: Path) -> None:
             asked += more
         process.send_signal(signal.SIGINT)
         result = finish(process)
-    assert (asked.decode(), result.code, result.err) == (QUESTION, 130, INTERRUPTED)
+    assert (asked.decode(), result.code, result.err) == (question(busy), 130, INTERRUPTED)
     assert busy.read_bytes() == before
 
 
@@ -626,13 +654,15 @@ def test_reset_refuses_when_there_is_no_terminal_to_ask_on(redirect: str, busy: 
     ],
     ids=str,
 )
-def test_command_succeeds_in_an_encoding_that_lacks_some_characters(env: dict[str, str], encoding: str) -> None:
+def test_command_succeeds_in_an_encoding_that_lacks_some_characters(
+    env: dict[str, str], encoding: str, pool: Path
+) -> None:
     def shown(text: str) -> str:
         return text.encode(encoding, "replace").decode(encoding)
 
-    assert cli("--status", env=env, encoding=encoding) == (0, shown(STATUS_IDLE), "")
+    assert cli("--status", env=env, encoding=encoding) == (0, shown(status_idle(pool)), "")
     allocated = cli("--allocate", "my_task_001", "4", "32", env=env, encoding=encoding)
-    assert allocated == (0, shown(ALLOCATED), "")
+    assert allocated == (0, shown(ALLOCATED), shown(made_up_note(pool)))
     refused = cli("--release", "nobody", env=env, encoding=encoding)
     assert refused.code == 1
     assert refused.err.startswith(shown("✗ タスクが見つかりません: nobody\n"))
@@ -766,7 +796,7 @@ def imports(*args: str) -> set[str]:
     """Return the modules that the interpreter lists while the command runs."""
     trace = finish(start("-X", "importtime", str(CLI), *args)).err
     modules = set(re.findall(r"^import time:.*\| +(\S+)$", trace, flags=re.MULTILINE))
-    assert "argparse" in modules
+    assert "io" in modules
     return modules
 
 
@@ -784,10 +814,13 @@ def test_missing_package_is_named_with_the_way_to_install_it(
     assert busy.read_bytes() == before
 
 
-def test_two_files_are_enough_to_allocate_and_what_else_is_needed_is_named(tmp_path: Path) -> None:
-    for module in ("cli_v01.py", "gpu_resource_manager_v01.py"):
-        shutil.copy(PROJECT / module, tmp_path)
-    alone = str(tmp_path / "cli_v01.py")
+def test_two_files_are_enough_to_allocate_and_what_else_is_needed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkout").mkdir()
+    copy_the_two_files(tmp_path / "checkout")
+    monkeypatch.delenv("GPU_RESOURCE_FILE")
+    alone = str(tmp_path / "checkout" / "cli_v01.py")
     asked: list[tuple[str, ...]] = [
         ALLOCATE,
         ("--status",),

@@ -268,7 +268,7 @@ def test_strange_things_among_the_leases_are_left_alone(pool: Path) -> None:
 def test_ended_task_no_longer_says_which_server_this_machine_is(
     pool: Path, gpus: int, children: Children, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    GPUResourceManagerV01(pool, min_gpus=1)
+    GPUResourceManagerV01(pool).reset_resources(min_gpus=1)
 
     def killed_at_work() -> None:
         with GPUResourceManagerV01(pool).allocation("dead", 2, 1):
@@ -593,6 +593,6 @@ def test_who_waits_is_served_by_the_one_who_releases(pool: Path, children: Child
 
 def test_no_placement_on_a_pool_of_made_up_names(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPU_RESOURCE_SERVER")
-    with pytest.raises(library.InvalidRequestError, match="--init --server NAME:GPUS:CPUS"):
+    with pytest.raises(library.InvalidRequestError, match="--add-server NAME:GPUS:CPUS"):
         with GPUResourceManagerV01(pool).allocation("t", 2, 1):
             pass

@@ -542,7 +542,7 @@ def test_machine_is_the_server_that_bears_its_name(
 ) -> None:
     state = pool_of(*servers)
     if found is None:
-        with pytest.raises(InvalidRequestError, match="--init --server"):
+        with pytest.raises(InvalidRequestError, match="--add-server NAME:GPUS:CPUS"):
             server_of_host(state, host, named)
     else:
         assert server_of_host(state, host, named)["server_name"] == found

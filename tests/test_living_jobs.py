@@ -260,6 +260,8 @@ def test_document_that_has_lost_living_jobs_gets_them_back(pool: Path, harm: str
         pool.write_bytes(old)
     elif harm == "deleted":
         pool.unlink()
+        assert cli("--allocate", "u", "2", "1").code == 74, "nobody makes another pool by accident"
+        assert cli("--init").code == 0
     elif harm == "another":
         pool.unlink()
         GPUResourceManagerV01(pool, servers=[("other", 8, 64)], min_gpus=1)

@@ -199,18 +199,27 @@ def test_resource_file_that_is_no_path_is_refused(value: Any) -> None:
 
 
 def test_default_file_lies_beside_the_module_and_can_be_named(
-    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made_pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module_file = Path(GPUResourceManagerV01.RESOURCE_FILE)
     assert module_file.name == "resource_status.json"
     assert (module_file.parent / "gpu_resource_manager_v01.py").exists()
-    assert GPUResourceManagerV01().resource_file == str(pool), "the environment variable names it"
+    assert GPUResourceManagerV01().resource_file == str(made_pool), "the environment variable names it"
     assert GPUResourceManagerV01(tmp_path / "mine.json").resource_file == str(tmp_path / "mine.json")
     monkeypatch.chdir(tmp_path)
     relative = GPUResourceManagerV01("relative.json")
     monkeypatch.chdir("/")
     assert relative.allocate_resources("task", 2, 1)
     assert running(tmp_path / "relative.json") == ["task"]
+
+
+def test_relative_argument_in_a_vanished_directory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vanished = tmp_path / "vanished"
+    vanished.mkdir()
+    monkeypatch.chdir(vanished)
+    vanished.rmdir()
+    with pytest.raises(StateFileError, match=r"relative\.json"):
+        GPUResourceManagerV01("relative.json")
 
 
 def test_class_attributes_of_a_subclass_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,8 @@ def test_readme_md_is_the_same_page() -> None:
 
 def test_uv_would_install_what_the_requirements_name() -> None:
     """The block at the head of the CLI (PEP 723) and the requirements name the same run-time packages."""
-    listed = (PROJECT / "requirements_v01.txt").read_text("utf-8").split("# Tests")[0]
-    required = [line for line in listed.splitlines() if not line.startswith("#") and line]
+    listed = (PROJECT / "requirements_v01.txt").read_text("utf-8").splitlines()
+    required = [line for line in listed if line and not line.startswith(("#", "pytest"))]
     header = (PROJECT / "cli_v01.py").read_text("utf-8").split("# ///")[1]
     assert re.findall(r'"([^"]+)"', header.split("dependencies = ")[1]) == required
 

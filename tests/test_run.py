@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import GUARD_S, running
-from screens import CLI, cli, finish, start
+from screens import CLI, cli, finish, made_up_note, start
 
 from gpu_resource_manager_v01 import GPUResourceManagerV01
 
@@ -47,7 +47,8 @@ def this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_gets_its_gpus_and_the_pool_gets_them_back(pool: Path) -> None:
     script = 'echo "$CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER $OMP_NUM_THREADS"'
-    assert cli(*RUN, "sh", "-c", script) == (0, "0,1 PCI_BUS_ID 4\n", f"✓ {HERE} の GPU 0,1 で実行します: job\n")
+    says = f"{made_up_note(pool)}✓ {HERE} の GPU 0,1 で実行します: job\n"
+    assert cli(*RUN, "sh", "-c", script) == (0, "0,1 PCI_BUS_ID 4\n", says)
     assert running(pool) == []
 
 
@@ -83,10 +84,14 @@ def test_our_own_failures_have_codes_of_their_own(pool: Path, monkeypatch: pytes
     pool.write_text("broken")
     assert cli(*RUN, "true").code == 125
     pool.unlink()
+    result = cli(*RUN, "true")
+    assert (result.code, pool.exists()) == (125, False)
+    assert "--init --server NAME:GPUS:CPUS" in result.err
+    assert cli("--init").code == 0
     monkeypatch.delenv("GPU_RESOURCE_SERVER")
     result = cli(*RUN, "true")
     assert result.code == 125
-    assert "--init --server NAME:GPUS:CPUS" in result.err
+    assert "--add-server NAME:GPUS:CPUS" in result.err
 
 
 def test_caller_that_ignores_sigchld_changes_nothing(pool: Path) -> None:
@@ -117,8 +122,7 @@ def test_terminal_that_goes_away_ends_the_command(pool: Path) -> None:
 def test_streams_of_the_command_are_its_own(pool: Path) -> None:
     result = cli(*RUN, "sh", "-c", "cat; echo err >&2", redirect="< <(printf 'a\\0b')")
     assert result.out == "a\0b"
-    assert result.err.endswith("\nerr\n")
-    assert result.err.count("\n") == 2
+    assert result.err == f"{made_up_note(pool)}✓ {HERE} の GPU 0,1 で実行します: job\nerr\n"
     assert finish(start(str(CLI), *RUN, "sh", "-c", "yes | head -1")).out == "y\n", "SIGPIPE works as ever"
 
 
@@ -283,8 +287,9 @@ def test_waiting_line_on_a_terminal_is_one_line(pool: Path) -> None:
     terminal = Terminal(sys.executable, str(CLI), "--run", "job", "2", "4", "--wait", "--", "echo", "done")
     terminal.expect("待機中 (1 番目)")
     assert manager.release_resources("all")
-    between = terminal.expect("done")
-    assert between.count("\n") == 1
+    waited, started, rest = terminal.expect("done").split("\r\n")
+    assert waited.endswith(f"を同時に確保できるサーバーがありません\r\x1b[K{made_up_note(pool).rstrip()}")
+    assert (started, rest) == (f"✓ {HERE} の GPU 0,1 で実行します: job", "")
     assert terminal.end() == 0
 
 
@@ -360,16 +365,21 @@ def test_every_failure_is_one_document_too(pool: Path, monkeypatch: pytest.Monke
     assert code("--allocate", "late", "2", "1", "--wait", "0.1", exit_code=75) == "no_capacity"
     assert code("--reset", exit_code=2) == "not_confirmed"
     assert code("--init", "--server", "a:8:64", exit_code=1) == "pool_conflict"
+    error = document("--run", "r", "2", "4", "--json", "--", "/no/such/command", code=127)
+    assert error["code"] == "command_not_started"
     pool.write_text("broken")
     error = document("--status", "--json", code=74)
     assert (error["code"], error["path"]) == ("state_file", str(pool))
+    pool.unlink()
+    error = document("--status", "--json", code=74)
+    assert (error["code"], error["path"]) == ("no_pool", str(pool))
 
 
 # --- Describing machines ------------------------------------------------------------------------------
 
 
 def test_pool_of_real_machines_is_described_once_and_changed_on_purpose(
-    pool: Path, monkeypatch: pytest.MonkeyPatch
+    absent_pool: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = os.uname().nodename
     described = ("--server", f"{host}:4:32", "--server", "node2:16:128", "--min-gpus", "1")
@@ -377,18 +387,18 @@ def test_pool_of_real_machines_is_described_once_and_changed_on_purpose(
     assert cli("--init", *described).code == 0
     assert cli("--init", *described).code == 0, "the same again"
     assert cli("--init").code == 0
-    before = pool.read_bytes()
+    before = absent_pool.read_bytes()
     result = cli("--init", "--server", "a:8:64")
     assert (result.code, "--reset" in result.err) == (1, True)
     assert cli("--init", "--min-gpus", "2").code == 1
-    assert pool.read_bytes() == before
+    assert absent_pool.read_bytes() == before
     assert cli("--allocate", "one", "1", "1").code == 0
     assert cli("--allocate", "big", "16", "128").code == 0
     assert cli("--allocate", "too-big", "17", "1").code == 2
     assert cli("--run", "here", "3", "1", "--", "sh", "-c", "test $CUDA_VISIBLE_DEVICES = 1,2,3").code == 0
     assert cli("--reset", "--yes", "--server", "a:8:64").code == 0
-    assert GPUResourceManagerV01(pool).get_resource_summary()["total_gpus"] == 8
-    assert running(pool) == []
+    assert GPUResourceManagerV01(absent_pool).get_resource_summary()["total_gpus"] == 8
+    assert running(absent_pool) == []
 
 
 def test_reset_to_another_description_refuses_while_tasks_run(pool: Path) -> None:
@@ -419,11 +429,13 @@ def test_reset_to_another_description_refuses_while_tasks_run(pool: Path) -> Non
     ],
     ids=" ".join,
 )
-def test_description_that_makes_no_sense_is_refused_and_makes_nothing(pool: Path, words: tuple[str, ...]) -> None:
+def test_description_that_makes_no_sense_is_refused_and_makes_nothing(
+    absent_pool: Path, words: tuple[str, ...]
+) -> None:
     result = cli("--init", *words)
     assert result.code == 2
     assert result.err.startswith("✗ ")
-    assert not pool.exists()
+    assert not absent_pool.exists()
 
 
 FAKE_NVML = r"""
@@ -452,11 +464,13 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def test_detected_machine_is_a_server_and_can_run(pool: Path, nvml: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detected_machine_is_a_server_and_can_run(
+    absent_pool: Path, nvml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("GPU_RESOURCE_SERVER")
     env = {"LD_LIBRARY_PATH": nvml, "FAKE_NVML_COUNT": "3"}
     assert cli("--init", "--detect", "--min-gpus", "1", env=env).code == 0
-    [server] = GPUResourceManagerV01(pool).get_detailed_status()["servers"]
+    [server] = GPUResourceManagerV01(absent_pool).get_detailed_status()["servers"]
     assert (server["server_name"], server["total_gpus"]) == (os.uname().nodename, 3)
     assert server["total_cpus"] == os.cpu_count()
     assert cli("--run", "t", "3", "1", "--", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES").out == "0,1,2\n"
@@ -472,18 +486,18 @@ def test_detected_machine_is_a_server_and_can_run(pool: Path, nvml: str, monkeyp
     ],
     ids=["none", "driver-missing", "version-mismatch", "no-library"],
 )
-def test_cannot_know_is_not_taken_for_zero(pool: Path, nvml: str, env: dict[str, str], reason: str) -> None:
+def test_cannot_know_is_not_taken_for_zero(absent_pool: Path, nvml: str, env: dict[str, str], reason: str) -> None:
     result = cli("--init", "--detect", env={"LD_LIBRARY_PATH": nvml, **env})
     assert result.code == 2
     assert reason in result.err
     assert "--init --server NAME:GPUS:CPUS" in result.err
-    assert not pool.exists()
+    assert not absent_pool.exists()
 
 
-def test_missing_package_is_said(pool: Path, tmp_path: Path) -> None:
+def test_missing_package_is_said(absent_pool: Path, tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "pynvml.py").write_text("raise ImportError('No module named pynvml')")
     result = cli("--init", "--detect", env={"PYTHONPATH": str(tmp_path / "lib")})
     assert result.code == 2
-    assert "pip install nvidia-ml-py" in result.err
-    assert not pool.exists()
+    assert f"この Python ({sys.executable}) に pip で nvidia-ml-py をインストール" in result.err
+    assert not absent_pool.exists()

@@ -49,7 +49,7 @@ def test_change_locks_reads_writes_syncs_renames_syncs_the_directory_and_unlocks
 
 def test_few_frames_of_ours_stand_between_the_command_and_its_commit(pool: Path) -> None:
     """From ``main`` to ``os.replace``, during ``--allocate`` without ``--wait``: as ``design.md`` counts them."""
-    GPUResourceManagerV01(pool)
+    GPUResourceManagerV01(pool, servers=[("node", 8, 64)])  # real ones, of which nothing is to be said
     script = (
         "import os, sys, traceback\n"
         "import cli_v01\n"

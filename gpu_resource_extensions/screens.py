@@ -1,0 +1,134 @@
+"""What screens show beyond those of the specification: who has what, what is out of service, which pool it is.
+
+Facts in, lines out. Widths are columns of the screen, of which a Japanese letter takes two.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gpu_resource_manager_v01 import printable, say
+
+KINDS = {"job": "ジョブ", "reservation": "予約", "waiting": "待機"}
+MIN_CELL = 4  # columns that a column of the task list keeps, however narrow the screen is
+
+
+def screen() -> tuple[int, int]:
+    """Return columns and lines of the screen; ``shutil`` would cost a twentieth of a start."""
+    try:
+        size = os.get_terminal_size(1 if os.isatty(1) else 2)
+    except OSError:  # no terminal
+        size = os.terminal_size((0, 0))
+    asked = os.environ.get("COLUMNS", "")
+    wide = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0
+    return wide or size.columns or 80, size.lines or 24
+
+
+def width(text: str) -> int:
+    """Return how many columns a line takes; without the package one a letter, as ``tabulate`` has it then."""
+    if text.isascii():
+        return len(text)
+    try:
+        from wcwidth import wcswidth
+    except ImportError:
+        return len(text)
+    return max(0, int(wcswidth(text)))
+
+
+def cut(text: str, most: int) -> str:
+    """Return ``text``, shortened to ``most`` columns at its end."""
+    while width(text) > most:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
+def render_below(summary: Mapping[str, Any]) -> list[str]:
+    """Return what ``--status`` shows below the totals but for the pool; ``summary`` is an overview."""
+    most = screen()[0]
+    lines = [cut(line, most) for line in render_disabled(summary["servers"])]
+    return [*lines, "", *render_tasks(summary["tasks"], most)] if summary["tasks"] else lines
+
+
+def cut_path(path: str, heading: str) -> str:
+    """Return the end of ``path`` that fits on the screen behind ``heading``."""
+    path = printable(path)
+    while width(heading + path) > screen()[0]:
+        path = "…" + path.removeprefix("…")[1:]
+    return path
+
+
+def render_tasks(tasks: Sequence[Mapping[str, Any]], most: int) -> list[str]:
+    """Return a heading and a line for each task, at most ``most`` columns wide."""
+    rows = [list(map(say, ("サーバー", "GPU", "CPU", "タスク", "利用者", "経過", "種類")))]
+    for task in tasks:
+        waits = task["kind"] == "waiting"
+        gpus = say("{} 個", task["required_gpus"]) if waits else ranges(task["allocated_gpus"])
+        cpus = task["required_cpus" if waits else "allocated_cpus"]
+        since = age(task.get("asked_time" if waits else "start_time"))
+        who = task.get("server_name") or "-", gpus, cpus, task["task_id"], task.get("user", "-"), since
+        rows.append([*(printable(str(fact)) for fact in who), say(KINDS[task["kind"]])])
+    widths = [max(map(width, cells)) for cells in zip(*rows, strict=True)]
+    while sum(widths) + 2 * len(widths) - 2 > most and max(widths) > MIN_CELL:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in rows:
+        cells = [cut(cell, wide) for cell, wide in zip(row, widths, strict=True)]
+        padded = [cell + " " * (wide - width(cell)) for cell, wide in zip(cells, widths, strict=True)]
+        lines.append(cut("  ".join(padded).rstrip(), most))
+    return lines
+
+
+def ranges(gpus: Sequence[int]) -> str:
+    """Return ascending indices as people write them: ``0-3,6``."""
+    runs: list[list[int]] = []
+    for gpu in gpus:
+        if runs and gpu == runs[-1][-1] + 1:
+            runs[-1].append(gpu)
+        else:
+            runs.append([gpu])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
+
+
+def age(since: object) -> str:
+    """Return how long ago a time of the document was."""
+    from datetime import datetime  # only where there are tasks
+
+    try:
+        passed_s = time.time() - datetime.fromisoformat(str(since)).timestamp()
+    except (ValueError, OverflowError):  # somebody has edited it
+        return "?"
+    for unit, unit_s in (("{} 日", 86400), ("{} 時間", 3600), ("{} 分", 60)):
+        if passed_s >= unit_s:
+            return say(unit, int(passed_s // unit_s))
+    return say("{} 秒", max(0, int(passed_s)))
+
+
+def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for the GPUs of a server that are out of service for the same reason."""
+    lines = []
+    for server in servers:
+        disabled: dict[str, str] = server.get("disabled", {})
+        for reason in dict.fromkeys(disabled.values()):
+            gpus = ranges(sorted(int(gpu) for gpu, why in disabled.items() if why == reason))
+            line = say("  使用停止: {} の GPU {}", server["server_name"], gpus)
+            lines.append(line + (f" ({reason})" if reason else ""))
+    return lines
+
+
+def watch(frame: Callable[[], str], every_s: float) -> None:
+    """Show what ``frame`` returns, anew every so many seconds, until a Ctrl-C, which is raised."""
+    # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
+    print("\x1b[?1049h\x1b[?7l", end="")
+    try:
+        while True:
+            lines, room = frame().split("\n"), screen()[1]
+            if len(lines) > room:
+                lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
+            # Each line replaces the one in its place, and nothing is cleared ahead: so nothing flickers.
+            print("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J", end="", flush=True)
+            time.sleep(every_s)
+    finally:
+        print("\x1b[?7h\x1b[?1049l", end="", flush=True)

@@ -1,0 +1,66 @@
+"""Commands of the command line that change the servers of a pool, and the question ahead of a reset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpu_resource_extensions.screens import render_disabled
+from gpu_resource_manager_v01 import GPUResourceManagerV01, ResourceManagerError, StateFileError, say
+
+Answer = tuple[int, Mapping[str, Any], Callable[[Any], str]]  # as in the command line
+
+
+class NotConfirmedError(ResourceManagerError):
+    """Asking: nobody has said yes; nothing was touched."""
+
+    template = "{problem}\n  対処: {remedy}"
+
+    def __init__(self, exit_code: int, problem: str, remedy: str) -> None:
+        self.exit_code, self.problem, self.remedy = exit_code, say(problem), say(remedy)
+
+
+def ask_before_reset(manager: GPUResourceManagerV01, force: bool, tell: Callable[[str], None]) -> None:
+    """Ask the person at the terminal whether the pool may be reset; ``force``: with the records of living jobs.
+
+    :raises NotConfirmedError: there is no terminal (2), or the answer is no (1).
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        remedy = "確認を省くには --reset --yes を指定してください"
+        raise NotConfirmedError(2, "確認するための端末がないため、リセットしません", remedy)
+    try:
+        tasks = manager.get_overview()["tasks"]
+    except StateFileError:  # which is what a reset is for
+        tasks = []
+    cleared = ", ".join(task["task_id"] for task in tasks if task["kind"] != "job" or force)
+    # Told on stderr, for stdout may be a file.
+    tell(say("警告：すべての実行中タスクの記録がクリアされます！"))
+    tell(say("  ファイル: {}\n  消える記録: {}", manager.resource_file, cleared or say("なし")))
+    tell(say("続行しますか？ [y/N]:"))
+    if sys.stdin.readline().strip().lower() not in ("y", "yes", "はい"):
+        raise NotConfirmedError(1, "リセットを中止しました", "消してよければ y と答えてください")
+
+
+def cmd_add_server(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    name, server_id = args.add_server[0], manager.add_server(*args.add_server)
+    result = {"server_id": server_id, "server_name": name}
+    return (0, result, lambda facts: say("✓ サーバーを追加しました: {server_name} (ID: {server_id})", **facts))
+
+
+def cmd_remove_server(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    manager.remove_server(args.remove_server)
+    return (0, {"server_name": args.remove_server}, lambda facts: say("✓ サーバーを外しました: {server_name}", **facts))
+
+
+def cmd_disable(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    name, gpus = args.disable
+    result = {"server_name": name, "disabled": manager.disable(name, gpus, args.reason or "")}
+    end = say("  そこで動いているタスクは、終わるまでそのまま続きます")
+    return (0, result, lambda facts: "\n".join([f"✓{line[1:]}" for line in render_disabled([facts])] + [end]))
+
+
+def cmd_enable(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    name, gpus = args.enable
+    result = {"server_name": name, "disabled": manager.enable(name, gpus)}
+    return (0, result, lambda facts: say("✓ 使用を再開しました: {server_name}", **facts))

@@ -1,0 +1,1 @@
+../gpu_resource_manager_v01.py
