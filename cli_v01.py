@@ -226,7 +226,8 @@ class WaitingLine:
 def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n\n", manager.resource_file)
     result = {"resource_file": manager.resource_file, **manager.get_overview()}  # construction has made it
-    return (EXIT_OK, result, lambda summary: head + render_totals(summary))
+    # Of the lines about the pool, whether it is a real one: where it is stands at the head.
+    return (EXIT_OK, result, lambda facts: "\n".join([head + render_totals(facts), *render_pool(facts, "")[1:]]))
 
 
 def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -440,7 +441,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 
 オプション:
   --prefer-server ID               --allocate で優先するサーバーの ID か名前
-  --wait [SECONDS]                 --allocate と --run で、空くまで順番を待つ (90、5m、2h、1d。省くと無期限)
+  --wait [SECONDS]                 --allocate と --run で、空くまで待つ (90、5m、2h、1d。省くと無期限)
   --export                         --allocate の結果を eval "$(…)" のための行で出力する
   --force                          --release、--stop で他の利用者のタスクも対象にする。
                                    --release、--reset で動いているタスクの記録も消す

@@ -1420,9 +1420,11 @@ class JsonFileStore(Store):
     def version_mark(self) -> object:
         with failures_reported(self.path):
             try:
-                found = os.stat(self.path)
+                found = os.lstat(self.path)
             except FileNotFoundError as error:
                 raise self._unusable(self.path, error) from error
+            with suppress(OSError):  # a link that leads nowhere; reading says so
+                found = os.stat(self.path)
             return found.st_ino, found.st_mtime_ns
 
     def _unusable(self, path: str, error: OSError) -> StateFileError:
@@ -1577,21 +1579,17 @@ class GPUResourceManagerV01:
         self._store, self._is_made_up = open_store(path, lock_timeout_s, self.LOCK_FILE), False
         self.resource_file = self._store.path
         is_described = servers is not None or min_gpus is not None
-        self._shown_if_missing = described if create is False and named is None else None
+        self._shows_what_would_be = create is False and named is None
         if min_gpus is not None:
-            there_is = described
-            with suppress(NoPoolError):
-                there_is = self._store.read() if servers is None else described
-            check_int("min_gpus", min_gpus, 1, limits(there_is)[1])
+            of_pool = described
+            if servers is None:
+                with suppress(NoPoolError):
+                    of_pool = self._store.read()
+            check_int("min_gpus", min_gpus, 1, limits(of_pool)[1])
         if create or is_described or (create is None and named is None):
             self._store.create(described)
         elif named is not None:
-            try:
-                self._store.version_mark()
-            except NoPoolError:
-                raise
-            except UnusableStateFileError:  # which a reset makes anew
-                pass
+            self._store.version_mark()  # or there is none
         if is_described:
             state = self._store.read()
             if servers not in (None, descriptions(state["servers"])) or min_gpus not in (None, limits(state)[0]):
@@ -1975,7 +1973,7 @@ class GPUResourceManagerV01:
     def _granted(self, answer: Allocation | Shortfall) -> Allocation:
         if isinstance(answer, Shortfall):
             raise NoCapacityError(answer)
-        if self._is_made_up:
+        if self._is_made_up and answer["server_name"] in [server["server_name"] for server in new_state()["servers"]]:
             log().warning(say(_FROM_MADE_UP), self.resource_file)
         return answer
 
@@ -1984,9 +1982,9 @@ class GPUResourceManagerV01:
         try:
             state = self._store.read()
         except NoPoolError:
-            if self._shown_if_missing is None:
+            if not self._shows_what_would_be:
                 raise
-            state = self._shown_if_missing
+            state = self._described(None, None)
         if os.path.isdir(self._store.lease_directory):
             with failures_reported(self.resource_file):
                 self._leases.put_back(state)

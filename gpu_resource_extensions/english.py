@@ -428,7 +428,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 
 オプション:
   --prefer-server ID               --allocate で優先するサーバーの ID か名前
-  --wait [SECONDS]                 --allocate と --run で、空くまで順番を待つ (90、5m、2h、1d。省くと無期限)
+  --wait [SECONDS]                 --allocate と --run で、空くまで待つ (90、5m、2h、1d。省くと無期限)
   --export                         --allocate の結果を eval "$(…)" のための行で出力する
   --force                          --release、--stop で他の利用者のタスクも対象にする。
                                    --release、--reset で動いているタスクの記録も消す
@@ -474,7 +474,7 @@ Commands:
 
 Options:
   --prefer-server ID               id or name of the server that --allocate tries first
-  --wait [SECONDS]                 with --allocate and --run: stand in line (90, 5m, 2h, 1d; for ever without)
+  --wait [SECONDS]                 with --allocate and --run: wait (90, 5m, 2h, 1d; for ever without)
   --export                         print the result of --allocate as lines for eval "$(…)"
   --force                          with --release, --stop: tasks of others too;
                                    with --release, --reset: records of tasks that run, too

@@ -153,7 +153,8 @@ RESET = "✓ システムリセット完了\n"
 
 
 def test_init_names_the_new_file_and_shows_an_idle_pool(absent_pool: Path) -> None:
-    screen = f"✓ 初期化完了 (既存の状態は上書きしません): {absent_pool}\n\n{TOTALS_IDLE}"
+    made_up = "  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)\n"
+    screen = f"✓ 初期化完了 (既存の状態は上書きしません): {absent_pool}\n\n{TOTALS_IDLE}{made_up}"
     assert cli("--init") == (0, screen, "")
     assert names(absent_pool) == BOTH_FILES
 
