@@ -205,7 +205,7 @@ class WaitingLine:
         if self.terminal:
             from gpu_resource_extensions.screens import cut, screen
 
-            print(f"\r\x1b[K{cut(safe(text), screen()[0] - 1)}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{cut(safe(text), screen(2)[0] - 1)}", end="", file=sys.stderr, flush=True)
             WaitingLine.stands = True
         elif not (self.once and self.shown):
             show_error(text)
@@ -238,10 +238,13 @@ def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
         if not sys.stdout.isatty():
             remedy = say("端末で実行するか、--watch を外してください")
             raise Refusal(EXIT_USAGE, "usage", say("--watch を表示する端末がありません"), remedy)
+        from functools import partial
+
         from gpu_resource_extensions.screens import watch
 
         try:
-            watch(lambda: safe(render_status(summary())), max(0.1, args.watch))
+            write = partial(print, end="", flush=True)
+            watch(lambda: safe(render_status(summary())), write, max(0.1, args.watch))
         except Stopped:
             raise
         except KeyboardInterrupt:  # how one leaves it
@@ -597,7 +600,10 @@ class Output:
         """Return the same for a command that was not carried out; people are told on stderr."""
         if self.json:
             return code, self._json(ok=False, error={"code": refusal.name, "message": str(refusal), **refusal.facts})
-        show_error(f"✗ {refusal}")
+        text, remedy = f"✗ {refusal}", "\n" + say("  対処: {}", "")
+        if "example" in refusal.facts:
+            text = text.replace(remedy, "\n" + say("  例: {}", refusal.facts["example"]) + remedy)
+        show_error(text)
         # Hides every GPU, then fails, so that no job starts on all of them; -1, for an empty value counts as unset.
         return code, f"export CUDA_VISIBLE_DEVICES=-1\n(exit {code})" if self.export else ""
 
@@ -709,6 +715,16 @@ CODES = {
 }
 
 
+def right_line(words: Sequence[str], job: list[str] | None) -> dict[str, str]:
+    """Return as ``example`` a command near to one of wrong usage that would have worked, if there is any."""
+    try:
+        from gpu_resource_extensions.right_input import right_line
+    except ImportError:
+        return {}
+    line = right_line(words, job, lambda *found: parse(build_parser(), *found), Refusal)
+    return {"example": f"{COMMAND} {line}"} if line else {}
+
+
 def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
     """Return exit code and stdout of one command, be it carried out, refused or interrupted."""
     output = Output(words)
@@ -716,6 +732,8 @@ def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
         return carry_out(words, job, output)
     except Refusal as refusal:
         refused = refusal
+        if refusal.name in ("usage", "invalid_request", "duplicate_task"):
+            refused.facts = {**refusal.facts, **right_line(words, job)}
     except KeyboardInterrupt as stop:
         code = int(stop.args[0]) if isinstance(stop, Stopped) else EXIT_INTERRUPTED
         remedy = say("--detail で現在の状態を確認できます")

@@ -218,6 +218,7 @@ ENGLISH: dict[str, str] = {
     "終了したタスクを回収しました: %s": "reclaimed tasks that have ended: %s",
     # The command line: screens
     "  対処: {}": "  What to do: {}",
+    "  例: {}": "  Example: {}",
     "サーバー": "Server",
     "GPU利用可/合計": "GPUs free/all",
     "GPU使用率": "GPU use",

@@ -146,7 +146,10 @@ def run_job(
 
     def report_left(pid: int) -> None:
         who = named_processes([process._asdict() for process in descendants(pid)])
-        text = "注意: タスク {0} のプロセスがまだ動いています: {1}。終わるまで GPU は返りません (--stop {0} で終了できます)"
+        text = (
+            "注意: タスク {0} のプロセスがまだ動いています: {1}。"
+            "終わるまで GPU は返りません (--stop {0} で終了できます)"
+        )
         tell(say(text, quoted(task_id), who))
 
     job = Job(words, report_left)

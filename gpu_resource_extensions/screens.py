@@ -16,10 +16,10 @@ KINDS = {"job": "ジョブ", "reservation": "予約", "waiting": "待機"}
 MIN_CELL = 4  # columns that a column of the task list keeps, however narrow the screen is
 
 
-def screen() -> tuple[int, int]:
-    """Return columns and lines of the screen; ``shutil`` would cost a twentieth of a start."""
+def screen(descriptor: int = 1) -> tuple[int, int]:
+    """Return columns and lines of the screen behind a stream; ``shutil`` would cost a twentieth of a start."""
     try:
-        size = os.get_terminal_size(1 if os.isatty(1) else 2)
+        size = os.get_terminal_size(descriptor)
     except OSError:  # no terminal
         size = os.terminal_size((0, 0))
     asked = os.environ.get("COLUMNS", "")
@@ -118,17 +118,20 @@ def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def watch(frame: Callable[[], str], every_s: float) -> None:
-    """Show what ``frame`` returns, anew every so many seconds, until a Ctrl-C, which is raised."""
+def watch(frame: Callable[[], str], write: Callable[[str], None], every_s: float) -> None:
+    """Show what ``frame`` returns, anew every so many seconds, until a Ctrl-C, which is raised.
+
+    :param write: puts a text on the terminal at once, as it is.
+    """
     # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
-    print("\x1b[?1049h\x1b[?7l", end="")
+    write("\x1b[?1049h\x1b[?7l")
     try:
         while True:
             lines, room = frame().split("\n"), screen()[1]
             if len(lines) > room:
                 lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
             # Each line replaces the one in its place, and nothing is cleared ahead: so nothing flickers.
-            print("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J", end="", flush=True)
+            write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
             time.sleep(every_s)
     finally:
-        print("\x1b[?7h\x1b[?1049l", end="", flush=True)
+        write("\x1b[?7h\x1b[?1049l")
