@@ -13,11 +13,13 @@ Three guarantees:
 
 The module reads from top to bottom, one room after the other:
 
-1. **Constants and errors.** Every text that an error shows is a template here; another language goes here.
+1. **Constants and errors.** Every text that an error shows is a template; :func:`say` finds its English counterpart.
 2. **The document.** The state file *is* the data model: its types and its one check. A new key of a task or
    a server goes here.
 3. **Decisions.** Pure functions on a private copy of the document: no file, clock, lock or process. Rules go
-   here: which server, who is next, what has ended (a time limit, say), why not.
+   here: which server, who is next, what has ended (a time limit, say), why not. Those that only some pools need
+   stand beside: ``servers.py`` of ``gpu_resource_extensions/`` adds, removes and disables, ``hosts.py`` finds the
+   server that a machine is.
 4. **This machine.** Files, locks, who asks. Whether the processes of a task live, and what follows, stands in
    ``gpu_resource_extensions/leases.py``. What only this machine can know, such as who else uses its GPUs, goes
    there; what follows from it is a decision.
@@ -317,16 +319,6 @@ _UNKNOWN_SERVER = "のサーバーはありません", "{known} のいずれか�
 _TOO_MUCH_AT_ONCE = (
     "の両方を備えたサーバーがありません",
     "--status で各サーバーの合計を確認し、1 台に収まる数を指定してください",
-)
-_NOT_THIS_MACHINE = (
-    "が正しくありません。{why} (登録済み: {known})",
-    "GPU_RESOURCE_SERVER でサーバー名を指定するか、--add-server NAME:GPUS:CPUS でこの計算機を登録してください",
-)
-_NO_SERVER, _ANOTHER_SERVER = "この計算機 ({}) にあたるサーバーがありません", "この計算機はサーバー {} です"
-_SEVERAL_SERVERS = "この計算機にあたるサーバーが複数あります"
-_TWO_SERVERS = (
-    "は使えません。この計算機は既にサーバー {name} として使われています",
-    "GPU_RESOURCE_SERVER に {name} を指定してください",
 )
 # For StateFileError.
 _RESET = "内容を直すか、--reset --yes で作り直してください (元のファイルは保存されます)"
@@ -935,44 +927,6 @@ def check_request(state: State, request: Request) -> None:
         raise InvalidRequestError("(required_gpus, required_cpus)", amounts, *_TOO_MUCH_AT_ONCE)
 
 
-def server_of_host(state: State, host: str, named: str | None, boot: str = "") -> Server:
-    """Return the server that the machine ``host`` is: the one of that name, short or full, or the one ``named``.
-
-    In a container, whose name is a random one, it is the server whose last job ran under the same ``boot``.
-
-    :raises InvalidRequestError: there is none, or it would be two: tasks on one physical GPU.
-    """
-    servers = state["servers"]
-    by_host = [server for server in servers if _same_host(server["server_name"], host)]
-    by_boot = [server for server in servers if boot and server.get("boot") == boot]
-    found = [server for server in servers if server["server_name"] == named] if named else by_host or by_boot
-    why = ""
-    if len(found) != 1:
-        why = say(_SEVERAL_SERVERS) if found else say(_NO_SERVER, host)
-    elif by_host and found != by_host:
-        why = say(_ANOTHER_SERVER, by_host[0]["server_name"])
-    if why:
-        known = ", ".join(server["server_name"] for server in servers)
-        raise InvalidRequestError("server", named or host, *_NOT_THIS_MACHINE, why=why, known=known)
-    return found[0]
-
-
-def _same_host(name: str, host: str) -> bool:
-    name, host = name.casefold(), host.casefold()
-    return name == host or (name.split(".")[0] == host.split(".")[0] and not ("." in name and "." in host))
-
-
-def check_one_machine(state: State, request: Request) -> None:
-    """:raises InvalidRequestError: another server of the pool is the machine that a local request was asked on."""
-    found: list[tuple[Any, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
-    found += [(other.get("only_server_name"), other) for other in state.get("waiting", ())]
-    for name, record in found if request.get("local") else ():
-        key = "boot" if "boot" in record and "boot" in request else "host"
-        same_machine = record.get("local") is True and record.get(key) == request.get(key)
-        if same_machine and name != request["only_server_name"]:
-            raise InvalidRequestError("server", request["only_server_name"], *_TWO_SERVERS, name=name)
-
-
 def ask(state: State, request: Request) -> Allocation | Shortfall:
     """Let ``request`` arrive at the end of the line, and return what it is granted or what it lacks.
 
@@ -980,7 +934,10 @@ def ask(state: State, request: Request) -> Allocation | Shortfall:
     :raises DuplicateTaskError: a task with this identifier runs or waits already.
     """
     check_request(state, request)
-    check_one_machine(state, request)
+    if request.get("local"):
+        from gpu_resource_extensions.hosts import check_one_machine
+
+        check_one_machine(state, request)
     if any(record["task_id"] == request["task_id"] for record in records(state)):
         raise DuplicateTaskError(request["task_id"])
     set_waiting(state, [*state.get("waiting", ()), {**request, "asked_time": state["last_updated"]}])
@@ -1896,6 +1853,8 @@ class GPUResourceManagerV01:
         check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
         request = new_request(task_id, gpus, cpus, prefer, **this_requester(command))
         if local:
+            from gpu_resource_extensions.hosts import server_of_host
+
             server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             request["only_server_name"], request["local"] = server["server_name"], True
             request["boot"] = boot_id()

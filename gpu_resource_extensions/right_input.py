@@ -231,6 +231,7 @@ def words_for(option: str, values: list[str], groups: Groups, pool: Mapping[str,
 def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[str]:
     """Return name, GPUs and CPUs that one server, this machine if it has to be, could hold."""
     import gpu_resource_manager_v01 as library
+    from gpu_resource_extensions.hosts import server_of_host
 
     counts = [count_of(value) for value in values]
     names = [value for value, count in zip(values, counts, strict=True) if count is None and not is_dashed(value)]
@@ -241,7 +242,7 @@ def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[
     servers, whole = pool.get("servers", ()), dict(pool)
     with suppress(library.InvalidRequestError, KeyError):  # it may be known by its last job alone, which is not told
         named: Any = whole, library.host_name(), os.environ.get(library.SERVER_VARIABLE)
-        servers = [library.server_of_host(*named)] if is_local else servers
+        servers = [server_of_host(*named)] if is_local else servers
     numbers = [count for count in counts if count is not None]
     return [name, *map(str, amounts(numbers, servers, pool.get("min_gpus_per_task", 1)))]
 

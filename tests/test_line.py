@@ -13,6 +13,7 @@ from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_resource_extensions.hosts import server_of_host
 from gpu_resource_manager_v01 import (
     MAX_PASSED_OVER,
     PASSED_OVER_GROWTH,
@@ -46,7 +47,6 @@ from gpu_resource_manager_v01 import (
     records,
     remove_task,
     reserved_servers,
-    server_of_host,
     set_waiting,
     unbind,
 )
