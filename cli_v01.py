@@ -235,20 +235,9 @@ def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
         return {"resource_file": manager.resource_file, **manager.get_overview()}
 
     if args.watch is not None:
-        if not sys.stdout.isatty():
-            remedy = say("端末で実行するか、--watch を外してください")
-            raise Refusal(EXIT_USAGE, "usage", say("--watch を表示する端末がありません"), remedy)
-        from functools import partial
-
         from gpu_resource_extensions.screens import watch
 
-        try:
-            write = partial(print, end="", flush=True)
-            watch(lambda: safe(render_status(summary())), write, max(0.1, args.watch))
-        except Stopped:
-            raise
-        except KeyboardInterrupt:  # how one leaves it
-            pass
+        watch(lambda: safe(render_status(summary())), args.watch)
     return (EXIT_OK, summary(), render_status)
 
 
@@ -267,8 +256,11 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
     # Shown before the wait for the lock, not after it.
     text = "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n"
     args.output.progress(say(text, task_id, gpus, cpus))
-    prefer = None if args.prefer_server is None else server_id_of(args.prefer_server, manager)
-    line = WaitingLine()
+    prefer, line = None, WaitingLine()
+    if args.prefer_server is not None:
+        from gpu_resource_extensions.servers import server_id_of
+
+        prefer = server_id_of(args.prefer_server, manager.get_resource_summary()["servers"])
     try:
         allocation = manager.obtain_resources(
             task_id, gpus, cpus, prefer, wait_s=args.wait or 0, on_wait=line, local=args.export
@@ -281,17 +273,6 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
         line.end()
     # The order is that of NVML, by which the pool counts; CUDA's own puts the fastest card first.
     return (EXIT_OK, {**allocation, "cuda_device_order": "PCI_BUS_ID"}, render_allocation)
-
-
-def server_id_of(text: str, manager: GPUResourceManagerV01) -> int:
-    """Return the server that ``--prefer-server`` names: by its id, else by its name."""
-    servers = manager.get_resource_summary()["servers"]
-    ids: dict[str, int] = {server["server_name"]: server["server_id"] for server in servers}
-    ids.update((str(server_id), server_id) for server_id in list(ids.values()))
-    if text not in ids:
-        remedy = say("{} のいずれかを指定してください", ", ".join(ids))
-        raise Refusal(EXIT_USAGE, "invalid_request", say("サーバーがありません: {}", text), remedy)
-    return ids[text]
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -702,6 +683,7 @@ CODES = {
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
     "CommandError": (EXIT_OURS, "command_not_started"),
     "NotConfirmedError": (EXIT_NO, "not_confirmed"),
+    "NoTerminalError": (EXIT_USAGE, "usage"),
     "KeeperError": (EXIT_OURS, "not_started"),
     "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),

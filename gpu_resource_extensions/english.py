@@ -274,15 +274,14 @@ ENGLISH: dict[str, str] = {
     "… 他 {} 行": "… {} more lines",
     # The command line: commands
     "✓ 初期化完了 (既存の状態は上書きしません): {}\n\n": "✓ The pool is there (nothing is overwritten): {}\n\n",
-    "--watch を表示する端末がありません": "There is no terminal to show --watch on",
-    "端末で実行するか、--watch を外してください": "run it in a terminal, or leave --watch out",
+    "--watch を表示する端末がありません\n  対処: 端末で実行するか、--watch を外してください": (
+        "There is no terminal to show --watch on\n  What to do: run it in a terminal, or leave --watch out"
+    ),
     "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n": (
         "Asking for resources:\n  Task ID: {}\n  GPUs: {}\n  CPUs: {}\n"
     ),
     "リソース不足: {}": "No room: {}",
     "空きが出てから再実行するか、--wait で待ってください": "try again when there is room, or wait with --wait",
-    "サーバーがありません: {}": "There is no such server: {}",
-    "{} のいずれかを指定してください": "use one of {}",
     "タスクID: {}": "Task ID: {}",
     "✓ {} の GPU {} で実行します: {}": "✓ On {}, with GPU {}, runs: {}",
     "✗ 解放を記録できませんでした: {}\n  対処: 次のコマンドが自動で回収します": (

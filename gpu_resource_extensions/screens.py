@@ -6,11 +6,12 @@ Facts in, lines out. Widths are columns of the screen, of which a Japanese lette
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gpu_resource_manager_v01 import printable, say
+from gpu_resource_manager_v01 import ResourceManagerError, printable, say
 
 KINDS = {"job": "ジョブ", "reservation": "予約", "waiting": "待機"}
 MIN_CELL = 4  # columns that a column of the task list keeps, however narrow the screen is
@@ -118,11 +119,24 @@ def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def watch(frame: Callable[[], str], write: Callable[[str], None], every_s: float) -> None:
-    """Show what ``frame`` returns, anew every so many seconds, until a Ctrl-C, which is raised.
+class NoTerminalError(ResourceManagerError):
+    """Asking: there is no terminal to show something on again and again."""
 
-    :param write: puts a text on the terminal at once, as it is.
+    template = "--watch を表示する端末がありません\n  対処: 端末で実行するか、--watch を外してください"
+
+
+def watch(frame: Callable[[], str], every_s: float) -> None:
+    """Show what ``frame`` returns, anew every so many seconds (0.1 at least), until a Ctrl-C.
+
+    :raises NoTerminalError: stdout is no terminal.
     """
+    if sys.stdout is None or not sys.stdout.isatty():
+        raise NoTerminalError
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
     # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
     write("\x1b[?1049h\x1b[?7l")
     try:
@@ -132,6 +146,9 @@ def watch(frame: Callable[[], str], write: Callable[[str], None], every_s: float
                 lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
             # Each line replaces the one in its place, and nothing is cleared ahead: so nothing flickers.
             write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
-            time.sleep(every_s)
+            time.sleep(max(0.1, every_s))
+    except KeyboardInterrupt as stop:
+        if stop.args:  # no Ctrl-C, but a signal with an exit code of its own
+            raise
     finally:
         write("\x1b[?7h\x1b[?1049l")

@@ -5,7 +5,8 @@ Pure functions on the private copy of the document, like the decisions of the li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gpu_resource_manager_v01 import (
     MAX_COMMAND_LENGTH,
@@ -59,6 +60,18 @@ def find_server(state: State, name: str) -> Server:
             return server
     known = ", ".join(server["server_name"] for server in state["servers"])
     raise InvalidRequestError("サーバー名", name, *_NO_SUCH_SERVER, known=known)
+
+
+def server_id_of(text: str, servers: Sequence[Mapping[str, Any]]) -> int:
+    """Return the server that ``text`` names: by its id, else by its name.
+
+    :raises InvalidRequestError: there is no such server.
+    """
+    ids: dict[str, int] = {server["server_name"]: server["server_id"] for server in servers}
+    ids.update((str(server_id), server_id) for server_id in list(ids.values()))
+    if text not in ids:
+        raise InvalidRequestError("--prefer-server", text, *_NO_SUCH_SERVER, known=", ".join(ids))
+    return ids[text]
 
 
 def append_server(state: State, description: ServerDescription) -> Server:
