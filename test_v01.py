@@ -23,6 +23,8 @@ from gpu_resource_manager_v01 import (
     UnusableStateFileError,
 )
 
+os.environ.pop("GPU_RESOURCE_LANG", None)  # the texts looked at are the Japanese ones
+
 PROCESSES = 4
 #: seconds after which processes that wait for each other give up; nothing is ever measured against it
 GUARD_S = 60.0

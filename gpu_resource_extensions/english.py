@@ -42,8 +42,8 @@ ENGLISH: dict[str, str] = {
         "we run inside task {0}, so nothing comes free before {0} has ended: "
     ),
     "・": ", ",
-    "{} {} 個": "{1} {0}s",
-    "{}不足": "{} too few",
+    "{} {} 個": "{1} {0}",
+    "{}不足": "lacks {}",
     "先に待っている要求のために確保中": "reserved for requests that came earlier",
     "対象外": "too small for it, or not asked for",
     " (使用停止中: GPU {})": " (out of service: GPU {})",
@@ -385,6 +385,7 @@ ENGLISH: dict[str, str] = {
     "この計算機に NVIDIA GPU はありません": "This machine has no NVIDIA GPU",
     "{problem}\n  対処: {remedy}": "{problem}\n  What to do: {remedy}",
     # Servers
+    "がプールにありません": "is not in this pool",
     "のサーバーは既にあります": "is a server of this pool already",
     "別の名前を指定してください": "use another name",
     "がサーバー {name} の GPU の番号ではありません": "are no GPU indices of the server {name}",

@@ -31,7 +31,7 @@ MAX_REASON_LENGTH = MAX_COMMAND_LENGTH  # characters; every change reads and wri
 
 # For InvalidRequestError: the problem, and what to do.
 _NAME_TAKEN = "のサーバーは既にあります", "別の名前を指定してください"
-_NO_SUCH_SERVER = "のサーバーはありません", "{known} のいずれかを指定してください"
+_NO_SUCH_SERVER = "がプールにありません", "{known} のいずれかを指定してください"
 _NO_SUCH_GPU = "がサーバー {name} の GPU の番号ではありません", "0-{last} の番号を , で区切って指定してください"
 _NO_REASON = "が正しくありません", "制御文字を含まない {most} 文字以内の文字列を指定してください"
 # For ServerNeededError.

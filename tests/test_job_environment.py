@@ -133,6 +133,17 @@ def test_job_of_an_activated_tool_gets_the_next_python_of_the_user(
     assert "VIRTUAL_ENV" not in seen and "VIRTUAL_ENV_PROMPT" not in seen
 
 
+def test_environment_of_the_tool_may_be_a_link(place: Path, real_pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkout").mkdir()
+    copy_the_tool(tmp_path / "checkout")
+    tools, mine = place / "checkout" / ".venv", place / "mine"
+    (tmp_path / "checkout" / ".venv").symlink_to(tools)
+    for entered in (tools, tmp_path / "checkout" / ".venv"):
+        command = ["python", tmp_path / "checkout" / "cli_v01.py"]
+        seen = seen_by_a_job(command, real_pool, [entered / "bin", mine / "bin", SYSTEM], activated(entered))
+        assert (seen["prefix"], seen["PATH"]) == (str(mine), f"{mine}/bin:{SYSTEM}")
+
+
 def test_activation_by_a_shell_is_undone(place: Path, real_pool: Path) -> None:
     """What ``activate`` itself does, in the shells that it is for."""
     tools, mine = place / "checkout" / ".venv", place / "mine"

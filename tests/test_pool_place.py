@@ -497,8 +497,9 @@ def test_missing_pool_is_caught_as_each_of_these(absent_pool: Path, error: type[
         GPUResourceManagerV01()
 
 
-def test_pool_that_vanishes_under_a_manager_is_missing(made_pool: Path) -> None:
-    manager = GPUResourceManagerV01()
+@pytest.mark.parametrize("create", [None, False, True])
+def test_pool_that_vanishes_under_a_manager_is_missing(made_pool: Path, create: bool | None) -> None:
+    manager = GPUResourceManagerV01(create=create)
     made_pool.unlink()
     uses: list[Callable[[], object]] = [
         lambda: manager.allocate_resources("t", 2, 1),

@@ -153,7 +153,7 @@ def lab(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as job:
         assert job.stdout is not None and job.stdout.readline() == b"started\n"
         yield machine
-        job.terminate()
+        bash("gpu-resource --stop llm_pretrain", checkout)
 
 
 # --- What the page tells to type ------------------------------------------------------------------
@@ -340,12 +340,12 @@ def test_page_names_every_code_of_the_json_output(page: Page) -> None:
     assert [code for code in codes if f"`{code}`" not in page.text] == []
 
 
-def test_page_names_every_public_method_and_every_extension(page: Page) -> None:
+def test_page_names_every_public_method_and_every_file_of_extensions_and_tests(page: Page) -> None:
     methods = [name for name, it in vars(GPUResourceManagerV01).items() if callable(it) and not name.startswith("_")]
     assert len(methods) >= 12
     assert [name for name in methods if f"`{name}" not in page.text] == []
-    extensions = [path.name for path in (PROJECT / "gpu_resource_extensions").glob("[!_]*.py")]
-    assert [name for name in extensions if f"`{name}`" not in page.text] == []
+    files = [*PROJECT.glob("gpu_resource_extensions/[!_]*.py"), *PROJECT.glob("tests/test_*.py")]
+    assert [path.name for path in files if f"`{path.name}`" not in page.text] == []
 
 
 def test_both_pages_have_the_same_commands_in_the_same_places() -> None:
