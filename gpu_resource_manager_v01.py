@@ -1256,9 +1256,9 @@ def named_place(machine_file: str) -> str | None:
         try:
             with open(machine_file, encoding="utf-8", errors="surrogateescape") as file:
                 named_by, place = machine_file, file.readline().strip()
-        except FileNotFoundError:
-            return None
         except OSError as error:
+            if not os.path.lexists(machine_file):
+                return None
             raise StateFileError(machine_file, _os_reason(error), say(_MACHINE_FILE_UNREADABLE)) from error
         if not place:
             raise StateFileError(machine_file, *map(say, _EMPTY_MACHINE_FILE))

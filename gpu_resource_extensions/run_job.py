@@ -69,11 +69,8 @@ def users_environment(tool: str) -> dict[str, str]:
         for name in ("VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT"):
             environment.pop(name, None)
     if "PATH" in environment:
-        left = [
-            place
-            for place in environment["PATH"].split(os.pathsep)
-            if os.path.basename(place) != "bin" or os.path.realpath(os.path.dirname(place)) not in entered
-        ]
+        theirs, places = {os.path.join(entry, "bin") for entry in entered}, environment["PATH"].split(os.pathsep)
+        left = [place for place in places if not place or os.path.realpath(place) not in theirs]
         environment["PATH"] = os.pathsep.join(left)
     return environment
 
@@ -173,10 +170,10 @@ def run_job(
 
 
 def new_task_id(words: Sequence[str]) -> str:
-    """Return an identifier that nobody else has: who, the script or program of a command, when, and our pid."""
+    """Return an identifier that nobody else has: who, the script or program of a command, when, and a random part."""
     program = next((word for word in words if word.endswith((".py", ".sh"))), words[0])
     what = "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in os.path.basename(program))
-    return f"{user_name(os.getuid())[:40]}-{what[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return f"{user_name(os.getuid())[:40]}-{what[:40]}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
 
 
 class Job:

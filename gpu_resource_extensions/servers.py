@@ -21,6 +21,7 @@ from gpu_resource_manager_v01 import (
     gpu_set,
     hold,
     is_unsafe,
+    limits,
     new_servers,
     quoted,
     say,
@@ -95,13 +96,18 @@ def remove_server(state: State, name: str) -> None:
     gone = find_server(state, name)
     others = [server for server in state["servers"] if server is not gone]
     needed_by = [task["task_id"] for task in gone["running_tasks"]]
-    for request in state.get("waiting", ()):
-        is_wanted = request.get("only_server_name") == name or request.get("prefer_server_id") == gone["server_id"]
-        if is_wanted or not any(could_ever_hold(server, request) for server in others):
-            needed_by.append(request["task_id"])
+    needed_by += [
+        request["task_id"]
+        for request in state.get("waiting", ())
+        if request.get("prefer_server_id") == gone["server_id"]
+        or not any(could_ever_hold(server, request) for server in others)
+    ]
     if needed_by or not others:
         raise ServerNeededError(name, needed_by)
     state["servers"] = others
+    least, most_gpus, _ = limits(state)
+    if least > most_gpus:  # else nobody could ask for anything
+        state["min_gpus_per_task"] = most_gpus
 
 
 def disable(state: State, name: str, gpus: Sequence[int] | None, reason: str) -> dict[str, str]:
@@ -109,8 +115,9 @@ def disable(state: State, name: str, gpus: Sequence[int] | None, reason: str) ->
     server = find_server(state, name)
     if not isinstance(reason, str) or len(reason) > MAX_REASON_LENGTH or is_unsafe(reason):
         raise InvalidRequestError("理由", reason, *_NO_REASON, most=MAX_REASON_LENGTH)
-    chosen = _chosen(server, gpus)
-    return _set_disabled(server, {**server.get("disabled", {}), **dict.fromkeys(map(str, chosen), reason)})
+    before = server.get("disabled", {})
+    chosen = {gpu: reason or before.get(gpu, "") for gpu in map(str, _chosen(server, gpus))}
+    return _set_disabled(server, {**before, **chosen})
 
 
 def enable(state: State, name: str, gpus: Sequence[int] | None) -> dict[str, str]:

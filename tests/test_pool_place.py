@@ -557,18 +557,6 @@ def test_made_up_servers_are_told_from_real_ones_beside_them(checkout: Checkout,
     assert json.loads(checkout.cli("--status", "--json", place=place).out)["result"]["made_up"] is True
 
 
-def test_made_up_servers_that_are_left_are_still_said(checkout: Checkout, places: Path) -> None:
-    """Somebody has removed some of them, and forgotten the others."""
-    place = str(places / "made-up.json")
-    assert checkout.cli("--init", place=place).code == 0
-    assert checkout.cli("--add-server", "node1:8:64", place=place).code == 0
-    for number in (0, 2, 3):
-        assert checkout.cli("--remove-server", f"gpu-server-{number}", place=place).code == 0
-    granted = checkout.cli("--allocate", "a", "2", "1", place=place)
-    assert "gpu-server-1" in granted.out
-    assert granted.err == made_up_note(Path(place))
-
-
 def test_library_logs_a_grant_of_made_up_servers_and_none_of_real_ones(
     made_pool: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
