@@ -122,7 +122,7 @@ def render_pool(pool: Mapping[str, Any], path: str) -> list[str]:
         lines.append(say("  まだありません。最初の割り当てか --init が作ります"))
     if is_made_up(pool["servers"]):
         how = "--reset" if pool["last_updated"] else "--init"
-        lines.append(say("  架空のサーバーがあります (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)", how))
+        lines.append(say("  架空のサーバー (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)", how))
     return lines
 
 
@@ -205,7 +205,8 @@ class WaitingLine:
         if self.terminal:
             from gpu_resource_extensions.screens import cut, screen
 
-            print(f"\r\x1b[K{cut(safe(text), screen(2)[0] - 1)}", end="", file=sys.stderr, flush=True)
+            # Two columns are left, for the "^C" that the terminal shows must not begin another line.
+            print(f"\r\x1b[K{cut(safe(text), screen(2)[0] - 3)}", end="", file=sys.stderr, flush=True)
             WaitingLine.stands = True
         elif not (self.once and self.shown):
             show_error(text)

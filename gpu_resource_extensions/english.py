@@ -241,8 +241,8 @@ ENGLISH: dict[str, str] = {
     "  使用停止: {} の GPU {}": "  Out of service: {} GPU {}",
     "プール: {}": "Pool: {}",
     "  まだありません。最初の割り当てか --init が作ります": "  not there yet: the first allocation or --init makes it",
-    "  架空のサーバーがあります (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)": (
-        "  made-up servers (describe yours: {0} --detect or {0} --server NAME:GPUS:CPUS)"
+    "  架空のサーバー (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)": (
+        "  made-up servers (use {0} --detect or {0} --server NAME:GPUS:CPUS)"
     ),
     "合計:": "Total:",
     "  GPU: {}/{} 利用可能": "  GPU: {}/{} available",

@@ -41,7 +41,7 @@ def width(text: str) -> int:
 
 def cut(text: str, most: int) -> str:
     """Return ``text``, shortened to ``most`` columns at its end."""
-    while width(text) > most:
+    while width(text) > most and text != "…":
         text = text.removesuffix("…")[:-1] + "…"
     return text
 
@@ -56,7 +56,7 @@ def render_below(summary: Mapping[str, Any]) -> list[str]:
 def cut_path(path: str, heading: str) -> str:
     """Return the end of ``path`` that fits on the screen behind ``heading``."""
     path = printable(path)
-    while width(heading + path) > screen()[0]:
+    while width(heading + path) > screen()[0] and path != "…":
         path = "…" + path.removeprefix("…")[1:]
     return path
 

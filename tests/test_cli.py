@@ -82,7 +82,7 @@ def status_idle(pool: Path) -> str:
 
 {TOTALS_IDLE}
 プール: {path if len(path) <= 72 else "…" + path[-71:]}
-  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
+  架空のサーバー (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
 """
 
 
@@ -146,14 +146,14 @@ gpu-server-3 (ID: 3)
 
 最終更新: TIME
 プール: {pool}
-  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
+  架空のサーバー (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)
 """
 
 RESET = "✓ システムリセット完了\n"
 
 
 def test_init_names_the_new_file_and_shows_an_idle_pool(absent_pool: Path) -> None:
-    made_up = "  架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)\n"
+    made_up = "  架空のサーバー (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)\n"
     screen = f"✓ 初期化完了 (既存の状態は上書きしません): {absent_pool}\n\n{TOTALS_IDLE}{made_up}"
     assert cli("--init") == (0, screen, "")
     assert names(absent_pool) == BOTH_FILES

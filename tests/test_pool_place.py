@@ -415,7 +415,7 @@ def test_looking_at_the_default_place_shows_the_made_up_pool_and_makes_nothing(
     assert (result.code, result.err) == (0, "")
     assert "gpu-server-3" in result.out
     assert "まだありません。最初の割り当てか --init が作ります" in result.out
-    assert "架空のサーバーがあります (登録: --init --detect か --init --server NAME:GPUS:CPUS)" in result.out
+    assert "架空のサーバー (登録: --init --detect か --init --server NAME:GPUS:CPUS)" in result.out
     document = json.loads(checkout.cli(*COMMANDS[command], "--json").out)["result"]
     assert (document["resource_file"], document["last_updated"]) == (str(checkout.default), "")
     assert [server["server_name"] for server in document["servers"]] == [f"gpu-server-{n}" for n in range(4)]
@@ -424,7 +424,7 @@ def test_looking_at_the_default_place_shows_the_made_up_pool_and_makes_nothing(
     assert (made.code, made.err) == (0, made_up_note(checkout.default)), "which the first allocation makes"
     result = checkout.cli(*COMMANDS[command])
     assert "まだありません" not in result.out
-    assert "架空のサーバーがあります (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)" in result.out
+    assert "架空のサーバー (登録: --reset --detect か --reset --server NAME:GPUS:CPUS)" in result.out
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("status", "detail")])
