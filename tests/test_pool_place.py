@@ -553,7 +553,7 @@ def test_made_up_servers_are_told_from_real_ones_beside_them(checkout: Checkout,
     assert checkout.cli("--allocate", "b", "12", "1", place=place).err == "", "node1 is there"
     assert checkout.cli("--allocate", "c", "2", "1", "--prefer-server", "node1", place=place).err == ""
     status = checkout.cli("--status", place=place)
-    assert "架空のサーバーがあります" in status.out
+    assert "架空のサーバー (登録" in status.out
     assert json.loads(checkout.cli("--status", "--json", place=place).out)["result"]["made_up"] is True
 
 

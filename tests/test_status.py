@@ -413,6 +413,16 @@ def test_name_of_60_letters_widens_the_table_and_nothing_else(columns: int, pool
     assert shown("--status", columns=columns) == f"{expected}{path_line(pool, columns)}\n"
 
 
+def test_age_is_in_the_largest_unit_that_makes_a_whole_one(pool: Path) -> None:
+    hour, day = 3600, 86400
+    ages = {90: "1 分", hour - 30: "59 分", 1.5 * hour: "1 時間", 23.5 * hour: "23 時間", 1.5 * day: "1 日"}
+    ages |= {100.5 * day: "100 日"}
+    tasks = [task(f"t{number}", [number], 1, ago(age_s), user="u") for number, age_s in enumerate(ages)]
+    write(pool, [server("a", tasks=tasks)])
+    lines = [f"a         {n}    1    t{n}      u       {padded(age, 7)}  予約" for n, age in enumerate(ages.values())]
+    assert "\n".join(["  種類", *lines, ""]) in shown("--status")
+
+
 # --- --status: whether its pool is a real one, and what has ended --------------------------------------
 
 FOUR_IDLE = table([(f"gpu-server-{number}", "8/8", "0.0%", "64/64", "0.0%", "0") for number in range(4)])

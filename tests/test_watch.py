@@ -148,8 +148,9 @@ class Terminal:
 
     def end(self) -> int:
         """Look on until the command has ended, and return its exit code."""
+        guard_s = time.monotonic() + GUARD_S
         while self.look():
-            pass
+            assert time.monotonic() < guard_s, f"guard against a hang: {self.screen.text()}"
         _, status = os.waitpid(self.pid, 0)
         os.close(self.keyboard)
         self.pid = 0
