@@ -17,6 +17,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - the first thing that an older on
     print("✗ Python 3.10 以降が必要です (Python 3.10 or later is needed): " + sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
+import gc
 import io
 import os
 
@@ -96,12 +97,13 @@ def render_status(summary: Mapping[str, Any]) -> str:
     table = tabulate([list(map(say, headers)), *rows], tablefmt=style, colalign=align, disable_numparse=True)
     top, heading, *rest = table.split("\n")
     table = "\n".join([top, heading, top.translate(str.maketrans("┌┬┐", "├┼┤")), *rest])
-    lines = [title(say("GPU リソース状態"), len(top)), table, "", render_totals(summary)]
-    beyond, path = screens(), summary["resource_file"]
+    lines, beyond, path = [render_totals(summary)], screens(), summary["resource_file"]
     if beyond:
+        lines = [beyond.cut(line, beyond.screen()[0]) for line in lines[0].split("\n")]
         lines += beyond.render_below(summary)
         path = beyond.cut_path(path, say("プール: {}", ""))  # --detail shows it whole
-    return "\n".join([*lines, "", *render_pool(summary, path)])
+    head = [title(say("GPU リソース状態"), len(top)), table, ""]
+    return "\n".join([*head, *lines, "", *render_pool(summary, path)])
 
 
 def screens() -> Any:
@@ -205,9 +207,9 @@ class WaitingLine:
         if self.terminal:
             from gpu_resource_extensions.screens import cut, screen
 
+            WaitingLine.stands = True  # ahead of the text, for a Ctrl-C may come at once
             # Two columns are left, for the "^C" that the terminal shows must not begin another line.
             print(f"\r\x1b[K{cut(safe(text), screen(2)[0] - 3)}", end="", file=sys.stderr, flush=True)
-            WaitingLine.stands = True
         elif not (self.once and self.shown):
             show_error(text)
         self.shown = True
@@ -773,6 +775,7 @@ def see_packages_beside_us() -> None:
 def run() -> NoReturn:
     """Be the command: of a script, and of the console script of an installation."""
     global COMMAND
+    gc.set_threshold(100_000)  # a start leaves no garbage, and looking for some is a twentieth of it
     name = os.path.basename(sys.argv[0])
     COMMAND = COMMAND if name.endswith(".py") else name
     if {*sys.argv[1:]} - {"-h", "--help", "--json"}:

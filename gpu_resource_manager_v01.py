@@ -628,13 +628,11 @@ def _is_ascending(indices: list[Any]) -> bool:
 
 def _check_sums(server: Server) -> None:
     gpus, cpus = [*server["available_gpus"]], server["available_cpus"]
-    disabled = {index for index, why in server.get("disabled", {}).items() if type(why) is str and not is_unsafe(why)}
-    if disabled != {*map(str, gpu_set(server.get("disabled", {})))} or disabled & {*map(str, gpus)}:
-        raise ValueError(say("disabled が、空いていない GPU の番号と理由の組ではありません"))
+    disabled = _disabled_gpus(server) if "disabled" in server else set()
     for task in server["running_tasks"]:
         gpus += task["allocated_gpus"]
         cpus += task["allocated_cpus"]
-    gpus += gpu_set(disabled).difference(gpus)
+    gpus += disabled.difference(gpus)
     # The length ahead of the range: a hand-written total of 10**12 must not make us build such a list.
     if len(gpus) != server["total_gpus"] or sorted(gpus) != list(range(len(gpus))):
         problem = (
@@ -643,6 +641,15 @@ def _check_sums(server: Server) -> None:
         raise ValueError(say(problem))
     if cpus != server["total_cpus"]:
         raise ValueError(say("空きと割り当て済みの CPU の合計が total_cpus と一致しません"))
+
+
+def _disabled_gpus(server: Server) -> set[int]:
+    """Return the GPUs that are out of service, or raise ``ValueError``: one is available, or it is no such record."""
+    sound = {index for index, why in server["disabled"].items() if type(why) is str and not is_unsafe(why)}
+    gpus = gpu_set(server["disabled"])
+    if sound != {*map(str, gpus)} or not gpus.isdisjoint(server["available_gpus"]):
+        raise ValueError(say("disabled が、空いていない GPU の番号と理由の組ではありません"))
+    return gpus
 
 
 def gpu_set(disabled: Iterable[str]) -> set[int]:
@@ -902,11 +909,6 @@ def check_description(name: object, gpus: object, cpus: object) -> None:
     check_int("サーバーの CPU 数", cpus, 1, MAX_CPUS_PER_SERVER)
 
 
-def has_disabled(server: Server) -> bool:
-    """Tell whether a GPU of ``server`` is out of service."""
-    return bool(server.get("disabled"))
-
-
 def limits(state: State) -> tuple[int, int, int]:
     """Return the least and the most GPUs, and the most CPUs, that one task may ask for."""
     most_gpus = max(server["total_gpus"] for server in state["servers"])
@@ -1073,7 +1075,12 @@ def descriptions(servers: Sequence[Any]) -> list[ServerDescription]:
 
 def is_made_up(servers: Sequence[Any]) -> bool:
     """Tell whether the servers of a pool that nobody has described are among these."""
-    return {*descriptions(new_state()["servers"])} <= {*descriptions(servers)}
+    return _made_up_servers() <= {*descriptions(servers)}
+
+
+@cache
+def _made_up_servers() -> set[ServerDescription]:
+    return {*descriptions(new_state()["servers"])}
 
 
 # --- This machine: files, locks, processes --------------------------------------------------------
@@ -1932,7 +1939,7 @@ class GPUResourceManagerV01:
     def _granted(self, answer: Allocation | Shortfall) -> Allocation:
         if isinstance(answer, Shortfall):
             raise NoCapacityError(answer)
-        if self._is_made_up and answer["server_name"] in [server["server_name"] for server in new_state()["servers"]]:
+        if self._is_made_up and answer["server_name"] in [name for name, _, _ in _made_up_servers()]:
             log().warning(say(_FROM_MADE_UP), self.resource_file)
         return answer
 
@@ -1968,7 +1975,8 @@ class GPUResourceManagerV01:
             if has_leases:  # what the change has freed may be theirs
                 self._leases.put_back(state)
             admit(state)
-            state["version"] = DISABLED_VERSION if any(map(has_disabled, state["servers"])) else FORMAT_VERSION
+            has_disabled = any("disabled" in server for server in state["servers"])
+            state["version"] = DISABLED_VERSION if has_disabled else FORMAT_VERSION
             self._is_made_up = is_made_up(state["servers"])
             return result
 

@@ -14,7 +14,8 @@ from typing import Any
 from gpu_resource_manager_v01 import ResourceManagerError, printable, say
 
 KINDS = {"job": "ジョブ", "reservation": "予約", "waiting": "待機"}
-MIN_CELL = 4  # columns that a column of the task list keeps, however narrow the screen is
+TASK, MIN_TASK = 3, 16  # the column of the task list that gives way first, and how far
+MIN_CELL = 4  # columns that each keeps, however narrow the screen is
 
 
 def screen(descriptor: int = 1) -> tuple[int, int]:
@@ -72,8 +73,12 @@ def render_tasks(tasks: Sequence[Mapping[str, Any]], most: int) -> list[str]:
         who = task.get("server_name") or "-", gpus, cpus, task["task_id"], task.get("user", "-"), since
         rows.append([*(printable(str(fact)) for fact in who), say(KINDS[task["kind"]])])
     widths = [max(map(width, cells)) for cells in zip(*rows, strict=True)]
-    while sum(widths) + 2 * len(widths) - 2 > most and max(widths) > MIN_CELL:
-        widths[widths.index(max(widths))] -= 1
+    too_much = sum(widths) + 2 * len(widths) - 2 - most
+    shrinks = max(0, min(too_much, widths[TASK] - MIN_TASK))  # of the name of a task enough stays to know it by
+    widths[TASK] -= shrinks
+    for _ in range(too_much - shrinks):
+        widest = widths.index(max(widths))
+        widths[widest] = max(MIN_CELL, widths[widest] - 1)
     lines = []
     for row in rows:
         cells = [cut(cell, wide) for cell, wide in zip(row, widths, strict=True)]
@@ -137,9 +142,9 @@ def watch(frame: Callable[[], str], every_s: float) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
-    write("\x1b[?1049h\x1b[?7l")
     try:
+        # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
+        write("\x1b[?1049h\x1b[?7l")
         while True:
             lines, room = frame().split("\n"), screen()[1]
             if len(lines) > room:

@@ -385,16 +385,16 @@ gpu-serve…  0-1  16   ablation-…  a-user-wi…  2 時間  ジョブ
   使用停止: b の GPU 0 (fan)
   使用停止: gpu-server-in-the-basement-of-building-12-next-to-the-stair の GPU …
 
-サーバー          GPU  CPU  タスク             利用者             経過    種類
-gpu-server-in-t…  0-1  16   ablation-of-the-…  a-user-with-a-ve…  2 時間  ジョブ
+サーバー           GPU  CPU  タスク            利用者             経過    種類
+gpu-server-in-th…  0-1  16   ablation-of-the…  a-user-with-a-ve…  2 時間  ジョブ
 
 """,
     120: """\
   使用停止: b の GPU 0 (fan)
   使用停止: gpu-server-in-the-basement-of-building-12-next-to-the-stair の GPU 0 (fan)
 
-サーバー                         GPU  CPU  タスク                           利用者                        経過    種類
-gpu-server-in-the-basement-of-…  0-1  16   ablation-of-the-learning-rate-…  a-user-with-a-very-long-name  2 時間  ジョブ
+サーバー                                        GPU  CPU  タスク            利用者                        経過    種類
+gpu-server-in-the-basement-of-building-12-nex…  0-1  16   ablation-of-the…  a-user-with-a-very-long-name  2 時間  ジョブ
 
 """,
 }
