@@ -41,6 +41,7 @@ EXIT_OURS = 125  # of --run: our own failure, not the command's
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 COMMAND = "python cli_v01.py"  # as hints name us; ``run`` knows better
+IS_COMMAND = False  # nothing else is done in this process
 VERSION = "0.1"
 SCHEMA = 1  # of the documents that ``--json`` prints
 
@@ -103,7 +104,7 @@ def render_status(summary: Mapping[str, Any]) -> str:
         lines += beyond.render_below(summary)
         path = beyond.cut_path(path, say("プール: {}", ""))  # --detail shows it whole
     head = [title(say("GPU リソース状態"), len(top)), table, ""]
-    return "\n".join([*head, *lines, "", *render_pool(summary, path)])
+    return "\n".join([*head, *lines, "", *render_pool(path, summary["last_updated"], summary["made_up"])])
 
 
 def screens() -> Any:
@@ -115,15 +116,13 @@ def screens() -> Any:
     return screens
 
 
-def render_pool(pool: Mapping[str, Any], path: str) -> list[str]:
+def render_pool(path: str, is_there: object, is_made_up: bool) -> list[str]:
     """Return which pool a screen shows, and whether it is a real one."""
-    from gpu_resource_manager_v01 import is_made_up
-
     lines = [say("プール: {}", path)]
-    if not pool["last_updated"]:
+    if not is_there:
         lines.append(say("  まだありません。最初の割り当てか --init が作ります"))
-    if is_made_up(pool["servers"]):
-        how = "--reset" if pool["last_updated"] else "--init"
+    if is_made_up:
+        how = "--reset" if is_there else "--init"
         lines.append(say("  架空のサーバー (登録: {0} --detect か {0} --server NAME:GPUS:CPUS)", how))
     return lines
 
@@ -145,13 +144,15 @@ def render_totals(summary: Mapping[str, Any]) -> str:
 
 
 def render_detail(state: Mapping[str, Any]) -> str:
+    from gpu_resource_manager_v01 import usable_cpus
+
     lines = [title(say("GPU リソース詳細"))]
     for server in state["servers"]:
         gpus = server["available_gpus"]
         lines += [
             f"{server['server_name']} (ID: {server['server_id']})",
             say("  利用可能GPU: {} ({}/{})", gpus, len(gpus), server["total_gpus"]),
-            say("  利用可能CPU: {}/{}", server["available_cpus"], server["total_cpus"]),
+            say("  利用可能CPU: {}/{}", usable_cpus(server), server["total_cpus"]),
         ]
         if "disabled" in server and (beyond := screens()):
             lines += beyond.render_disabled([server])
@@ -175,7 +176,7 @@ def render_detail(state: Mapping[str, Any]) -> str:
         line = say("待機中 {}: {} (GPU {}, CPU {}, {})", position, request["task_id"], *asked)
         lines.append(line + (say(" (終了済み)") if request.get("ended") is True else ""))
     lines.append(say("最終更新: {}", state["last_updated"]))
-    return "\n".join([*lines, *render_pool(state, state["resource_file"])])
+    return "\n".join([*lines, *render_pool(state["resource_file"], state["last_updated"], state["made_up"])])
 
 
 def render_allocation(allocation: Mapping[str, Any]) -> str:
@@ -230,7 +231,11 @@ def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer
     head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n\n", manager.resource_file)
     result = {"resource_file": manager.resource_file, **manager.get_overview()}  # construction has made it
     # Of the lines about the pool, whether it is a real one: where it is stands at the head.
-    return (EXIT_OK, result, lambda facts: "\n".join([head + render_totals(facts), *render_pool(facts, "")[1:]]))
+    return (
+        EXIT_OK,
+        result,
+        lambda facts: "\n".join([head + render_totals(facts), *render_pool("", True, facts["made_up"])[1:]]),
+    )
 
 
 def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -245,7 +250,10 @@ def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
 
 
 def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    return (EXIT_OK, {**manager.get_detailed_status(), "resource_file": manager.resource_file}, render_detail)
+    from gpu_resource_manager_v01 import is_made_up
+
+    state = manager.get_detailed_status()
+    return (EXIT_OK, {**state, "resource_file": manager.resource_file, "made_up": is_made_up(state)}, render_detail)
 
 
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -261,21 +269,28 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
     args.output.progress(say(text, task_id, gpus, cpus))
     prefer, line = None, WaitingLine()
     if args.prefer_server is not None:
-        from gpu_resource_extensions.servers import server_id_of
+        try:
+            from gpu_resource_extensions.servers import server_id_of
 
-        prefer = server_id_of(args.prefer_server, manager.get_resource_summary()["servers"])
+            prefer = server_id_of(args.prefer_server, manager.get_resource_summary()["servers"])
+        except ImportError:  # two files are enough for ids
+            prefer = integer(args.prefer_server)
     try:
         allocation = manager.obtain_resources(
             task_id, gpus, cpus, prefer, wait_s=args.wait or 0, on_wait=line, local=args.export
         )
     except NoCapacityError as error:
         code = EXIT_NO if args.wait is None else EXIT_AGAIN
-        problem, remedy = say("リソース不足: {}", error), say("空きが出てから再実行するか、--wait で待ってください")
-        raise Refusal(code, "no_capacity", problem, remedy, vars(error)) from error
+        raise Refusal(code, "no_capacity", say("リソース不足: {}", error), when_to_retry(args), vars(error)) from error
     finally:
         line.end()
     # The order is that of NVML, by which the pool counts; CUDA's own puts the fastest card first.
     return (EXIT_OK, {**allocation, "cuda_device_order": "PCI_BUS_ID"}, render_allocation)
+
+
+def when_to_retry(args: argparse.Namespace) -> str:
+    text = "空きが出てから再実行するか、--wait で待ってください"
+    return say(text if args.wait is None else "空きが出てから再実行してください")
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -390,13 +405,6 @@ def server_description(text: str) -> ServerDescription:
     return name, gpus, cpus
 
 
-def gpus_of_server(text: str) -> tuple[str, list[int] | None]:
-    """Return a server and GPUs on it; ``None``: all of them."""
-    name, _, gpus = text.rpartition(":")
-    indices = gpus.split(",")
-    return (name, list(map(int, indices))) if name and all(map(is_number, indices)) else (text, None)
-
-
 def task_request(values: Sequence[str]) -> tuple[str, int, int]:
     task_id, gpus, cpus = values
     return task_id, integer(gpus), integer(cpus)
@@ -485,8 +493,8 @@ WITH_VALUE: dict[str, Callable[[Any], Any]] = {
     "--stop": str,
     "--add-server": server_description,
     "--remove-server": str,
-    "--disable": gpus_of_server,
-    "--enable": gpus_of_server,
+    "--disable": str,
+    "--enable": str,
 }
 
 #: with which commands an option can be used, and what ``argparse`` is told about it
@@ -661,6 +669,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 args.servers = [detected_server()]
             if args.command not in ("--init", "--status", "--detail"):  # who changes the pool loads ``logging`` anyway
                 show_warnings()
+                from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
             described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
             create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
             manager = library.GPUResourceManagerV01(create=create, **described)
@@ -671,13 +680,17 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
             codes = [CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES]
             code, name = [*codes, (EXIT_IO, "state_file")][0]
             code = getattr(error, "exit_code", code)  # of a command, as a shell has it
-            raise Refusal(code, name, str(error), facts=vars(error)) from error
+            remedy = when_to_retry(args) if name == "no_capacity" else ""
+            raise Refusal(code, name, str(error), remedy, facts=vars(error)) from error
     except ImportError as error:
         problem = say("必要なパッケージを読み込めません: {}", getattr(error, "reason", error))
-        remedy = "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
+        remedy = "cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
         if "gpu_resource_extensions" in str(error):
-            remedy = "gpu_resource_extensions を cli_v01.py と同じディレクトリに置いてください"
-        raise Refusal(EXIT_USAGE, "missing_package", problem, say(remedy)) from error
+            remedy = "gpu_resource_extensions を {} に置いてください"
+        elif IS_COMMAND:
+            go_on_in_own_environment()
+        directory = os.path.dirname(os.path.realpath(__file__))
+        raise Refusal(EXIT_USAGE, "missing_package", problem, say(remedy, directory)) from error
 
 
 #: exit code and name for programs of each error; all others are about the state file
@@ -764,23 +777,22 @@ def end_waits_on_signals() -> None:
             signal.signal(terminating, stop)
 
 
-def see_packages_beside_us() -> None:
-    """Let the packages of the ``.venv`` beside this file be found by an interpreter that has none of its own."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv")
-    if os.path.realpath(sys.prefix) != beside and os.path.isdir(beside + "/lib"):
-        for version in os.listdir(beside + "/lib"):
-            sys.path.append(f"{beside}/lib/{version}/site-packages")
+def go_on_in_own_environment() -> None:
+    """Begin anew as the Python of the ``.venv`` beside this file, if there is one and we are not it."""
+    python = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv", "bin", "python")
+    if os.path.exists(python) and sys.executable != python:
+        os.execv(python, [python, *sys.argv])  # noqa: S606 - it is our own
 
 
 def run() -> NoReturn:
     """Be the command: of a script, and of the console script of an installation."""
-    global COMMAND
+    global COMMAND, IS_COMMAND
     gc.set_threshold(100_000)  # a start leaves no garbage, and looking for some is a twentieth of it
     name = os.path.basename(sys.argv[0])
     COMMAND = COMMAND if name.endswith(".py") else name
     if {*sys.argv[1:]} - {"-h", "--help", "--json"}:
         end_waits_on_signals()
-    see_packages_beside_us()
+    IS_COMMAND = True
     # Without our modules in their compiled form a start takes a quarter longer. Containers that set this mean
     # the packages that they have compiled already, and ``python -B`` means it.
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):

@@ -343,6 +343,9 @@ _UNCONFIRMED = (
     "変更は書き込まれましたが、ディスクへの保存を確認できません ({})",
     "ディスクを確認し、--detail で現在の状態を確かめてください",
 )
+_UNREADABLE = (
+    "読む権限を持つ人に頼んでください。要らないものなら、--reset --yes で作り直せます (元のファイルは保存されます)"
+)
 _REMEDIES = {
     (errno.ENOSPC,): "ディスクの空き容量を増やしてから再実行してください",
     (errno.EDQUOT,): "ディスクの割り当て (quota) を確認してから再実行してください",
@@ -546,7 +549,7 @@ def check_state(document: Any, before: State | None = None) -> None:
     place: tuple[Any, ...] = ("最上位",)  # named only when something is wrong there
     try:
         if isinstance(document, dict) and document.get("version") not in (FORMAT_VERSION, DISABLED_VERSION):
-            text = "version {!r} には対応していません ({!r} のみ)"
+            text = "version {!r} には対応していません ({!r} のみ。新しい版のものなら、このツールを更新してください)"
             raise ValueError(say(text, document.get("version"), FORMAT_VERSION))
         check_record(document, State)
         if not document["servers"]:
@@ -998,7 +1001,8 @@ def shortfall(state: State, request: Request) -> Shortfall:
     inside = find_task(state, str(request.get("inside")))
     if inside and fewest:
         server, own = inside
-        rest = server["total_gpus"] - len(own["allocated_gpus"]), server["total_cpus"] - own["allocated_cpus"]
+        lost = gpu_set(server.get("disabled", ())).union(own["allocated_gpus"])
+        rest = server["total_gpus"] - len(lost), server["total_cpus"] - own["allocated_cpus"]
         enough = rest[0] >= request["required_gpus"] and rest[1] >= request["required_cpus"]
         facts.own_task = own["task_id"] if usable == [server] and not enough else None
     facts.waiting = line.index(request["task_id"]) if request["task_id"] in line else len(line)
@@ -1039,8 +1043,7 @@ def summarize(state: State) -> dict[str, Any]:
             "available_gpus": len(server["available_gpus"]),
             "gpu_utilization": used(server["total_gpus"], held_gpus),
             "total_cpus": server["total_cpus"],
-            # Where every GPU is out of service, nothing can be placed.
-            "available_cpus": 0 if disabled and len(disabled) == server["total_gpus"] else server["available_cpus"],
+            "available_cpus": usable_cpus(server),
             "cpu_utilization": used(server["total_cpus"], server["total_cpus"] - server["available_cpus"]),
             "running_tasks": len(tasks),
         }
@@ -1051,19 +1054,25 @@ def summarize(state: State) -> dict[str, Any]:
     return {"total_servers": len(rows), **totals, "servers": rows, **waiting}
 
 
+def usable_cpus(server: Server) -> int:
+    """Return the available CPUs, but none where every GPU is out of service: nothing can be placed there."""
+    disabled = len(server.get("disabled", ()))
+    return 0 if disabled and disabled == server["total_gpus"] else server["available_cpus"]
+
+
 def overview(state: State) -> dict[str, Any]:
     """Say what the pool is, count it, and list who holds or waits for what, as ``get_overview`` returns it."""
     tasks: list[dict[str, Any]] = []
     for server, task in placed_tasks(state):
         kind = "job" if "lease" in task else "reservation"
-        tasks.append({"server_name": server["server_name"], "kind": kind, **task})
+        tasks.append({**task, "server_name": server["server_name"], "kind": kind})
     line = state.get("waiting", [])
-    tasks += [{"server_name": request.get("only_server_name"), "kind": "waiting", **request} for request in line]
+    tasks += [{**request, "server_name": request.get("only_server_name"), "kind": "waiting"} for request in line]
     return {
         **summarize(state),
         "min_gpus_per_task": limits(state)[0],
         "last_updated": state["last_updated"],
-        "made_up": is_made_up(state["servers"]),
+        "made_up": is_made_up(state),
         "tasks": tasks,
     }
 
@@ -1073,14 +1082,13 @@ def descriptions(servers: Sequence[Any]) -> list[ServerDescription]:
     return [(server["server_name"], server["total_gpus"], server["total_cpus"]) for server in servers]
 
 
-def is_made_up(servers: Sequence[Any]) -> bool:
-    """Tell whether the servers of a pool that nobody has described are among these."""
-    return _made_up_servers() <= {*descriptions(servers)}
+_MADE_UP = {*descriptions(new_state()["servers"])}
 
 
-@cache
-def _made_up_servers() -> set[ServerDescription]:
-    return {*descriptions(new_state()["servers"])}
+def is_made_up(state: State) -> bool:
+    """Tell whether the servers that nobody has described are there, or some are left in a pool never described."""
+    found = _MADE_UP.intersection(descriptions(state["servers"]))
+    return found == _MADE_UP or bool(found and "min_gpus_per_task" not in state)  # which every description sets
 
 
 # --- This machine: files, locks, processes --------------------------------------------------------
@@ -1393,7 +1401,10 @@ class JsonFileStore(Store):
 
     def _unusable(self, path: str, error: OSError) -> StateFileError:
         if os.path.lexists(path):
-            return UnusableStateFileError(self.path, _os_reason(error))
+            unusable = UnusableStateFileError(self.path, _os_reason(error))
+            if error.errno == errno.EACCES:  # it may be sound, and somebody's
+                unusable.remedy = say(_UNREADABLE)
+            return unusable
         remedy = _MAKE_POOL if os.path.isdir(os.path.dirname(path)) else _MAKE_DIRECTORY
         return NoPoolError(self.path, _os_reason(error), say(remedy))
 
@@ -1543,7 +1554,7 @@ class GPUResourceManagerV01:
         self._store, self._is_made_up = open_store(path, lock_timeout_s, self.LOCK_FILE), False
         self.resource_file = self._store.path
         is_described = servers is not None or min_gpus is not None
-        self._shows_what_would_be = create is False and named is None
+        self._is_named, self._shows_what_would_be = named is not None, create is False and named is None
         if min_gpus is not None:
             of_pool = described
             if servers is None:
@@ -1556,7 +1567,8 @@ class GPUResourceManagerV01:
             self._store.version_mark()  # or there is none
         if is_described:
             state = self._store.read()
-            if servers not in (None, descriptions(state["servers"])) or min_gpus not in (None, limits(state)[0]):
+            found = descriptions(state["servers"])
+            if (servers is not None and [*map(tuple, servers)] != found) or min_gpus not in (None, limits(state)[0]):
                 raise PoolConflictError(self.resource_file)
 
     def allocate_resources(
@@ -1769,6 +1781,8 @@ class GPUResourceManagerV01:
             place for a task whose processes run.
         """
         described = self._described(servers, min_gpus)
+        if self._is_named:
+            self._store.version_mark()  # or there is none, and none is to be made without a word
 
         def change(state: State) -> list[str]:
             tasks = placed_tasks(state)
@@ -1786,7 +1800,7 @@ class GPUResourceManagerV01:
             if servers is not None:
                 from gpu_resource_extensions.servers import keep_tasks
 
-                homeless = keep_tasks(state, described["servers"], kept)
+                homeless = keep_tasks(state, new_servers(servers), kept)
                 if homeless:
                     raise PoolConflictError(self.resource_file, homeless, living=True)
             if min_gpus is not None:
@@ -1846,8 +1860,7 @@ class GPUResourceManagerV01:
             if not servers or len({name.casefold() for name, _, _ in servers}) < len(servers):
                 raise InvalidRequestError("servers", servers, *_NO_SERVERS)
             state["servers"], state["min_gpus_per_task"] = new_servers(servers), 1
-        if min_gpus is not None:
-            check_int("min_gpus", min_gpus, 1, MAX_GPUS_PER_SERVER)
+        if min_gpus is not None:  # checked by those who know what pool it is for
             state["min_gpus_per_task"] = min_gpus
         return state
 
@@ -1856,8 +1869,6 @@ class GPUResourceManagerV01:
     ) -> Request:
         """Return a request of this process; what can never be granted is refused here, ahead of lock and lease."""
         check_name("task_id", task_id)
-        check_int("required_gpus", gpus, 1, MAX_GPUS_PER_SERVER)
-        check_int("required_cpus", cpus, 1, MAX_CPUS_PER_SERVER)
         request = new_request(task_id, gpus, cpus, prefer, **this_requester(command))
         if local:
             from gpu_resource_extensions.hosts import server_of_host
@@ -1865,7 +1876,8 @@ class GPUResourceManagerV01:
             server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             request["only_server_name"], request["local"] = server["server_name"], True
             request["boot"] = boot_id()
-        is_usual = MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER and cpus <= self.CPUS_PER_SERVER
+        is_usual = type(gpus) is type(cpus) is int and MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER
+        is_usual = is_usual and 1 <= cpus <= self.CPUS_PER_SERVER
         if not is_usual or local or prefer is not None:  # else not worth another look at the pool
             check_request(self._store.read(), request)
         return request
@@ -1939,7 +1951,7 @@ class GPUResourceManagerV01:
     def _granted(self, answer: Allocation | Shortfall) -> Allocation:
         if isinstance(answer, Shortfall):
             raise NoCapacityError(answer)
-        if self._is_made_up and answer["server_name"] in [name for name, _, _ in _made_up_servers()]:
+        if self._is_made_up and answer["server_name"] in [name for name, _, _ in _MADE_UP]:
             log().warning(say(_FROM_MADE_UP), self.resource_file)
         return answer
 
@@ -1977,7 +1989,7 @@ class GPUResourceManagerV01:
             admit(state)
             has_disabled = any("disabled" in server for server in state["servers"])
             state["version"] = DISABLED_VERSION if has_disabled else FORMAT_VERSION
-            self._is_made_up = is_made_up(state["servers"])
+            self._is_made_up = is_made_up(state)
             return result
 
         return self._store.update(whole_change, instead_of_unusable)

@@ -166,6 +166,9 @@ ENGLISH: dict[str, str] = {
     "開いているファイルを減らすか、ulimit -n を増やしてから再実行してください": (
         "close some files or raise ulimit -n, and try again"
     ),
+    "読む権限を持つ人に頼んでください。要らないものなら、--reset --yes で作り直せます (元のファイルは保存されます)": (
+        "ask somebody who may read it; if nobody needs it, --reset --yes makes it anew (the file of now is kept aside)"
+    ),
     "ディレクトリとファイルの権限を確認してください": "check the permissions of the directory and the file",
     "状態ファイルのディレクトリが存在するか確認してください": "check that the directory of the state file exists",
     "ロックが使えるローカルディスク上のファイルを GPU_RESOURCE_FILE で指定してください": (
@@ -178,7 +181,9 @@ ENGLISH: dict[str, str] = {
     "JSON として読めません ({})": "it is no JSON ({})",
     "{} は有限の数ではありません": "{} is no finite number",
     "最上位": "top level",
-    "version {!r} には対応していません ({!r} のみ)": "version {!r} is not supported (only {!r})",
+    "version {!r} には対応していません ({!r} のみ。新しい版のものなら、このツールを更新してください)": (
+        "version {!r} is not supported (only {!r}; if a later release made it, update this tool)"
+    ),
     "servers が空です": "servers is empty",
     "lease の型が str ではありません": "lease is no str",
     "JSON オブジェクトではありません": "it is no JSON object",
@@ -282,6 +287,7 @@ ENGLISH: dict[str, str] = {
     ),
     "リソース不足: {}": "No room: {}",
     "空きが出てから再実行するか、--wait で待ってください": "try again when there is room, or wait with --wait",
+    "空きが出てから再実行してください": "try again when there is room",
     "タスクID: {}": "Task ID: {}",
     "✓ {} の GPU {} で実行します: {}": "✓ On {}, with GPU {}, runs: {}",
     "✗ 解放を記録できませんでした: {}\n  対処: 次のコマンドが自動で回収します": (
@@ -306,7 +312,7 @@ ENGLISH: dict[str, str] = {
     "✓ サーバーを追加しました: {server_name} (ID: {server_id})": "✓ Added the server {server_name} (ID: {server_id})",
     "✓ サーバーを外しました: {server_name}": "✓ Removed the server {server_name}",
     "  そこで動いているタスクは、終わるまでそのまま続きます": "  Tasks that run there go on until they end",
-    "✓ 使用を再開しました: {server_name}": "✓ Back in service: {server_name}",
+    "✓ 使用を再開しました: {}": "✓ Back in service: {}",
     # The command line: the parser
     "引数が正しくありません: {}": "Wrong usage: {}",
     "{} --help で使い方を確認してください": "see {} --help",
@@ -328,12 +334,10 @@ ENGLISH: dict[str, str] = {
     ),
     "GPU リソースマネージャー v{version}": "GPU resource manager v{version}",
     "必要なパッケージを読み込めません: {}": "A package is missing: {}",
-    "python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください": (
-        "run python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt"
+    "cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください": (
+        "run cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt"
     ),
-    "gpu_resource_extensions を cli_v01.py と同じディレクトリに置いてください": (
-        "put gpu_resource_extensions into the directory of cli_v01.py"
-    ),
+    "gpu_resource_extensions を {} に置いてください": "put gpu_resource_extensions into {}",
     "中断しました": "Interrupted",
     "--detail で現在の状態を確認できます": "see with --detail how things stand",
     "✗ 出力できません: {}\n  対処: {}": "✗ The output cannot be written: {}\n  What to do: {}",
@@ -398,8 +402,8 @@ ENGLISH: dict[str, str] = {
         "The server {name} cannot be removed: {reason}\n  What to do: {remedy}"
     ),
     "タスクが動いているか待っています ({tasks})": "tasks run or wait there ({tasks})",
-    "終わるのを待ってから再実行してください。新しいタスクを入れないためには --disable {name} を使えます": (
-        "try again when they have ended; --disable {name} keeps new ones away"
+    "終わるのを待つか --release で取り消してから、再実行してください (--disable {name} は新しいタスクを入れません)": (
+        "wait until they end, or cancel them with --release, and try again (--disable {name} keeps new ones away)"
     ),
     "最後のサーバーです": "it is the last one",
     "別のサーバーを --add-server で登録してから再実行してください": "add another one with --add-server first",

@@ -33,7 +33,7 @@ def server_of_host(state: State, host: str, named: str | None, boot: str = "") -
     why = ""
     if len(found) != 1:
         why = say(_SEVERAL_SERVERS) if found else say(_NO_SERVER, host)
-    elif by_host and found != by_host:
+    elif by_host and found[0] not in by_host:
         why = say(_ANOTHER_SERVER, by_host[0]["server_name"])
     if why:
         known = ", ".join(server["server_name"] for server in servers)

@@ -119,6 +119,9 @@ def repaired(
     overview = pool() or {}
     first, last = [option for option, _ in groups].index(command), len(groups)
     values = groups[first][1] + loose
+    if command == "--init" and values:  # what was meant is plain, but for "--server"
+        groups[first : first + 1] = [("--init", []), ("--server", values)]
+        values, last = [], last + 1
     if command in DELETING and (any(map(is_dashed, values)) or (command == "--reset" and values)):
         raise Unclear  # without "--dry-run", or a name behind --reset, more would go than was asked for
     groups[first] = ("--run" if command == "--allocate" and job else command), values
@@ -139,14 +142,17 @@ def read(words: Sequence[str]) -> tuple[Groups, list[str]]:
     """Return the options, each with the words that may belong to it, and the words that belong to none."""
     groups: Groups = []
     loose: list[str] = []
+    since = 0  # how many words belonged to none when the last option came
     for typed in words:
         word = shown(typed)
         head, equals, value = word.partition("=") if is_dashed(word) else (word, "", "")
         option, values = groups[-1] if groups else ("", [])
-        is_wanted = bool(groups) and takes(OPTIONS[option], values, word)
+        is_next = OPTIONS.get(option) != "time" or len(loose) == since  # in "--wait a 2 8", 2 is no time
+        is_wanted = bool(groups) and is_next and takes(OPTIONS[option], values, word)
         named = option_named(head) if is_dashed(word) or not (is_wanted or command_of(groups)) else None
         if named:
             groups.append((named, [value] if equals else []))
+            since = len(loose)
         else:
             (values if is_wanted else loose).extend([head, value] if equals else [word])
     return groups, loose
@@ -233,6 +239,7 @@ def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[
     import gpu_resource_manager_v01 as library
     from gpu_resource_extensions.hosts import server_of_host
 
+    values = [value.rstrip(",") for value in values]
     counts = [count_of(value) for value in values]
     names = [value for value, count in zip(values, counts, strict=True) if count is None and not is_dashed(value)]
     if not names and len(values) > 2:
@@ -244,6 +251,8 @@ def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[
         named: Any = whole, library.host_name(), os.environ.get(library.SERVER_VARIABLE)
         servers = [server_of_host(*named)] if is_local else servers
     numbers = [count for count in counts if count is not None]
+    if len(names) > 1 and len(numbers) < 2:
+        raise Unclear  # one of them may have been a number
     return [name, *map(str, amounts(numbers, servers, pool.get("min_gpus_per_task", 1)))]
 
 
@@ -258,7 +267,7 @@ def amounts(numbers: list[int], servers: Sequence[Mapping[str, Any]], least: int
     for server in servers:
         most = server["total_gpus"] - len(server.get("disabled", ()))
         held = min(max(gpus, least), most)
-        wanted = held * server["total_cpus"] // server["total_gpus"] if cpus is None else cpus
+        wanted = held * server["total_cpus"] // max(1, server["total_gpus"]) if cpus is None else cpus
         held_cpus = min(max(wanted, 1), server["total_cpus"])
         if most >= least:
             found.append((abs(held - gpus), abs(held_cpus - wanted), held, held_cpus))
@@ -307,7 +316,7 @@ def descriptions(values: list[str], servers: Sequence[Mapping[str, Any]]) -> lis
     if not found or re.sub(pattern, "", text, flags=re.IGNORECASE):
         raise Unclear
     most = max(servers, key=lambda server: int(server["total_cpus"]), default={"total_gpus": 1, "total_cpus": 8})
-    share = most["total_cpus"] // most["total_gpus"]
+    share = most["total_cpus"] // max(1, most["total_gpus"])
     sizes = [(name, int(gpus), int(cpus or share * int(gpus))) for name, gpus, cpus in found]
     most_gpus, most_cpus = MAX_GPUS_PER_SERVER, MAX_CPUS_PER_SERVER
     return [(name, max(1, min(gpus, most_gpus)), max(1, min(cpus, most_cpus))) for name, gpus, cpus in sizes]

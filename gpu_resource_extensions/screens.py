@@ -42,8 +42,10 @@ def width(text: str) -> int:
 
 def cut(text: str, most: int) -> str:
     """Return ``text``, shortened to ``most`` columns at its end."""
-    while width(text) > most and text != "…":
-        text = text.removesuffix("…")[:-1] + "…"
+    if width(text) > most:
+        text = text[:most] + "…"
+        while width(text) > most and text != "…":
+            text = text[:-2] + "…"
     return text
 
 
@@ -56,9 +58,11 @@ def render_below(summary: Mapping[str, Any]) -> list[str]:
 
 def cut_path(path: str, heading: str) -> str:
     """Return the end of ``path`` that fits on the screen behind ``heading``."""
-    path = printable(path)
-    while width(heading + path) > screen()[0] and path != "…":
-        path = "…" + path.removeprefix("…")[1:]
+    path, most = printable(path), screen()[0] - width(heading)
+    if width(path) > most:
+        path = "…" + path[-max(1, most) :]
+        while width(path) > most and path != "…":
+            path = "…" + path[2:]
     return path
 
 
@@ -151,7 +155,7 @@ def watch(frame: Callable[[], str], every_s: float) -> None:
                 lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
             # Each line replaces the one in its place, and nothing is cleared ahead: so nothing flickers.
             write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
-            time.sleep(max(0.1, every_s))
+            time.sleep(min(max(0.1, every_s), 1e6))
     except KeyboardInterrupt as stop:
         if stop.args:  # no Ctrl-C, but a signal with an exit code of its own
             raise

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_resource_extensions.screens import render_disabled
-from gpu_resource_manager_v01 import GPUResourceManagerV01, ResourceManagerError, StateFileError, say
+from gpu_resource_manager_v01 import (
+    GPUResourceManagerV01,
+    NoPoolError,
+    ResourceManagerError,
+    StateFileError,
+    say,
+)
 
 Answer = tuple[int, Mapping[str, Any], Callable[[Any], str]]  # as in the command line
 
@@ -31,6 +37,8 @@ def ask_before_reset(manager: GPUResourceManagerV01, force: bool, tell: Callable
         raise NotConfirmedError(2, "確認するための端末がないため、リセットしません", remedy)
     try:
         tasks = manager.get_overview()["tasks"]
+    except NoPoolError:
+        raise
     except StateFileError:  # which is what a reset is for
         tasks = []
     cleared = ", ".join(task["task_id"] for task in tasks if task["kind"] != "job" or force)
@@ -53,14 +61,24 @@ def cmd_remove_server(manager: GPUResourceManagerV01, args: Any) -> Answer:
     return (0, {"server_name": args.remove_server}, lambda facts: say("✓ サーバーを外しました: {server_name}", **facts))
 
 
+def gpus_of_server(text: str, manager: GPUResourceManagerV01) -> tuple[str, list[int] | None]:
+    """Return a server and GPUs on it; ``None``: all of them."""
+    names = [server["server_name"] for server in manager.get_resource_summary()["servers"]]
+    name, _, gpus = text.rpartition(":")
+    indices = gpus.split(",")
+    has_gpus = name and text not in names and all(index.isascii() and index.isdigit() for index in indices)
+    return (name, [int(index[:9]) for index in indices]) if has_gpus else (text, None)
+
+
 def cmd_disable(manager: GPUResourceManagerV01, args: Any) -> Answer:
-    name, gpus = args.disable
+    name, gpus = gpus_of_server(args.disable, manager)
     result = {"server_name": name, "disabled": manager.disable(name, gpus, args.reason or "")}
     end = say("  そこで動いているタスクは、終わるまでそのまま続きます")
     return (0, result, lambda facts: "\n".join([f"✓{line[1:]}" for line in render_disabled([facts])] + [end]))
 
 
 def cmd_enable(manager: GPUResourceManagerV01, args: Any) -> Answer:
-    name, gpus = args.enable
+    name, gpus = gpus_of_server(args.enable, manager)
     result = {"server_name": name, "disabled": manager.enable(name, gpus)}
-    return (0, result, lambda facts: say("✓ 使用を再開しました: {server_name}", **facts))
+    lines = [say("✓ 使用を再開しました: {}", args.enable), *render_disabled([result])]
+    return (0, result, lambda _: "\n".join(lines))

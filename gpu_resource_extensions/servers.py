@@ -5,11 +5,10 @@ Pure functions on the private copy of the document, like the decisions of the li
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpu_resource_manager_v01 import (
-    MAX_COMMAND_LENGTH,
     InvalidRequestError,
     ResourceManagerError,
     Server,
@@ -28,7 +27,7 @@ from gpu_resource_manager_v01 import (
     unheld_gpus,
 )
 
-MAX_REASON_LENGTH = MAX_COMMAND_LENGTH  # characters; every change reads and writes it
+MAX_REASON_LENGTH = 200  # characters; every change reads and writes it
 
 # For InvalidRequestError: the problem, and what to do.
 _NAME_TAKEN = "のサーバーは既にあります", "別の名前を指定してください"
@@ -38,7 +37,7 @@ _NO_REASON = "が正しくありません", "制御文字を含まない {most} 
 # For ServerNeededError.
 _IN_USE = (
     "タスクが動いているか待っています ({tasks})",
-    "終わるのを待ってから再実行してください。新しいタスクを入れないためには --disable {name} を使えます",
+    "終わるのを待つか --release で取り消してから、再実行してください (--disable {name} は新しいタスクを入れません)",
 )
 _LAST = "最後のサーバーです", "別のサーバーを --add-server で登録してから再実行してください"
 
@@ -130,9 +129,9 @@ def enable(state: State, name: str, gpus: Sequence[int] | None) -> dict[str, str
 def _chosen(server: Server, gpus: Sequence[int] | None) -> list[int]:
     """Return the GPUs asked for, or raise :class:`InvalidRequestError`."""
     every = list(range(server["total_gpus"]))
-    chosen = every if gpus is None else list(gpus)
+    chosen = every if gpus is None else list(gpus) if isinstance(gpus, Iterable) else [gpus]
     if not chosen or any(type(gpu) is not int or gpu not in every for gpu in chosen):
-        raise InvalidRequestError("GPU", chosen, *_NO_SUCH_GPU, name=server["server_name"], last=every[-1])
+        raise InvalidRequestError("GPU", chosen, *_NO_SUCH_GPU, name=server["server_name"], last=len(every) - 1)
     return chosen
 
 

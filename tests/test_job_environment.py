@@ -278,13 +278,27 @@ def test_script_may_be_named_by_where_one_stands(place: Path, real_pool: Path) -
     assert shell(["gpu-resource", "--status"], real_pool, [*path, place / "commands"], cwd=Path("/")).code == 0
 
 
-def test_packages_of_the_interpreter_itself_go_first(place: Path, real_pool: Path, tmp_path: Path) -> None:
-    mine = make_environment(tmp_path / "mine", with_packages=True)
-    program = "import sys, cli_v01; cli_v01.see_packages_beside_us(); import filelock; print(filelock.__file__)"
-    ran = shell(
-        [mine / "bin" / "python", "-c", program], real_pool, [SYSTEM], {"PYTHONPATH": place / "checkout"}, cwd=tmp_path
-    )
-    assert ran.out.startswith(str(mine)), ran
+def test_interpreter_that_has_the_packages_needs_no_other(real_pool: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkout").mkdir()
+    copy_the_tool(tmp_path / "checkout")
+    beside, mine = tmp_path / "checkout" / ".venv" / "bin", make_environment(tmp_path / "mine", with_packages=True)
+    beside.mkdir(parents=True)
+    (beside / "python").write_text("#!/bin/sh\nexit 9\n")
+    (beside / "python").chmod(0o755)
+    words = [mine / "bin" / "python", tmp_path / "checkout" / "cli_v01.py", "--allocate", "t", "1", "1"]
+    assert shell(words, real_pool, [SYSTEM]).code == 0
+
+
+def test_interpreter_with_a_filelock_that_is_too_old_gives_way_to_the_venv_beside(
+    place: Path, real_pool: Path, tmp_path: Path
+) -> None:
+    old = make_environment(tmp_path / "old")
+    [packages] = (old / "lib").glob("python*/site-packages")
+    (packages / "filelock.py").write_text("class FileLock: pass\n")
+    words = [old / "bin" / "python", place / "checkout" / "cli_v01.py", "--allocate", "t", "1", "1"]
+    ran = shell(words, real_pool, [SYSTEM])
+    assert ran.code == 0, ran
+    assert ran.out.count("t\n") == 2, "nothing is said twice: its name at the head, and at the end"
 
 
 @pytest.mark.parametrize("beside", ["nothing", "an empty .venv"])
