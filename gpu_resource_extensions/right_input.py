@@ -112,6 +112,13 @@ def repaired(
     words: Sequence[str], job: list[str], accepts: Accepts, pool: Callable[[], Mapping[str, Any] | None]
 ) -> tuple[list[str], list[str] | None]:
     """Return the line with its words repaired, and without the options that the parser does not take with them."""
+    from shlex import split
+    from shutil import which
+
+    job = job[1:] if job[:1] == ["-"] else job  # for "--"
+    if job and " " in job[0] and which(job[0]) is None:  # a command in one word
+        with suppress(ValueError):
+            job = split(job[0]) + job[1:]
     groups, loose = read(words)
     command = command_of(groups)
     if command is None or any(shown(word) != word for word in job):
