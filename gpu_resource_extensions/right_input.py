@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
 from unicodedata import category, normalize
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # a refusal is to be quick too
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    Accepts = Callable[[list[str], "list[str] | None"], bool]
+    Groups = list[tuple[str, list[str]]]
 
 #: what the words behind them are, of commands and of other options
 SHAPES = {
@@ -36,9 +41,6 @@ MISFITS = {"ncc": 0, "ccc": 0, "cc": 1, "ccn": 2, "nc": 3, "n": 4, "c": 4, "": 5
 TIMES_S = {"seconds": 1, "secs": 1, "minutes": 60, "mins": 60, "hours": 3600, "hrs": 3600, "days": 86400}
 #: dashes that editors make; second, minute, "time between" (two letters: an hour) and day
 TO_ASCII = {0x2013: "--", 0x2014: "--", 0x2212: "-", 0x79D2: "s", 0x5206: "m", 0x6642: "h", 0x9593: None, 0x65E5: "d"}
-
-Accepts = Callable[[list[str], "list[str] | None"], bool]
-Groups = list[tuple[str, list[str]]]
 
 
 class Unclear(Exception):  # noqa: N818 - then there is no example
@@ -81,16 +83,20 @@ def example(
 ) -> tuple[list[str], list[str] | None] | None:
     """Return words, and a job, near to what was typed that would have worked, or ``None``."""
     typed = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    with suppress(Unclear):
+    try:
         for start, command in ways(words, list(job or ())):
             line = repaired(start, command, accepts, pool)
             is_right = line == (typed, job) and accepts(list(words), line[1])
             return None if is_right else line  # for then something else is wrong
+    except Unclear:
+        pass
     return None
 
 
 def ways(words: Sequence[str], job: list[str]) -> list[tuple[Sequence[str], list[str]]]:
     """Return the line, and where a job may begin that lacks its ``--``, the likeliest first."""
+    if command_of(read(words)[0]) != "--run":
+        return [(words, job)]
     from shutil import which
 
     def misfit(words: Sequence[str]) -> int | None:
@@ -98,7 +104,7 @@ def ways(words: Sequence[str], job: list[str]) -> list[tuple[Sequence[str], list
         counted = [(value, count_of(value)) for value in dict(groups).get("--run", ["", ""]) + loose]
         return MISFITS.get("".join("n" if it is None else "c" for value, it in counted if it or not is_dashed(value)))
 
-    if command_of(read(words)[0]) != "--run" or (job and (which(job[0]) or misfit(words) == 0)):
+    if job and (which(job[0]) or misfit(words) == 0):
         return [(words, job)]
     words, ranked = [*words, *job], []
     for at in range(1, min(len(words), 12)) if misfit(words) in (None, 2) else ():  # as much may precede a job
@@ -112,13 +118,9 @@ def repaired(
     words: Sequence[str], job: list[str], accepts: Accepts, pool: Callable[[], Mapping[str, Any] | None]
 ) -> tuple[list[str], list[str] | None]:
     """Return the line with its words repaired, and without the options that the parser does not take with them."""
-    from shlex import split
-    from shutil import which
-
     job = job[1:] if job[:1] == ["-"] else job  # for "--"
-    if job and " " in job[0] and which(job[0]) is None:  # a command in one word
-        with suppress(ValueError):
-            job = split(job[0]) + job[1:]
+    if job and " " in job[0] and not os.path.exists(job[0]):  # a command in one word
+        job = job[0].split() + job[1:]
     groups, loose = read(words)
     command = command_of(groups)
     if command is None or any(shown(word) != word for word in job):
@@ -254,9 +256,11 @@ def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[
     taken = [task["task_id"] for task in pool.get("tasks", ())]
     name = names[0] if names and not library.task_id_problem(names[0]) and names[0] not in taken else "-"
     servers, whole = pool.get("servers", ()), dict(pool)
-    with suppress(library.InvalidRequestError, KeyError):  # it may be known by its last job alone, which is not told
+    try:
         named: Any = whole, library.host_name(), os.environ.get(library.SERVER_VARIABLE)
         servers = [server_of_host(*named)] if is_local else servers
+    except (library.InvalidRequestError, KeyError):
+        pass  # it may be known by its last job alone, which is not told
     numbers = [count for count in counts if count is not None]
     if len(names) > 1 and len(numbers) < 2:
         raise Unclear  # one of them may have been a number
