@@ -98,9 +98,9 @@ def render_status(summary: Mapping[str, Any]) -> str:
     table = tabulate([list(map(say, headers)), *rows], tablefmt=style, colalign=align, disable_numparse=True)
     top, heading, *rest = table.split("\n")
     table = "\n".join([top, heading, top.translate(str.maketrans("┌┬┐", "├┼┤")), *rest])
-    lines, beyond, path = [render_totals(summary)], screens(), summary["resource_file"]
+    lines, beyond, path = render_totals(summary), screens(), summary["resource_file"]
     if beyond:
-        lines = [beyond.cut(line, beyond.screen()[0]) for line in lines[0].split("\n")]
+        lines = [beyond.cut(line, beyond.screen()[0]) for line in lines]
         lines += beyond.render_below(summary)
         path = beyond.cut_path(path, say("プール: {}", ""))  # --detail shows it whole
     head = [title(say("GPU リソース状態"), len(top)), table, ""]
@@ -127,7 +127,7 @@ def render_pool(path: str, is_there: object, is_made_up: bool) -> list[str]:
     return lines
 
 
-def render_totals(summary: Mapping[str, Any]) -> str:
+def render_totals(summary: Mapping[str, Any]) -> list[str]:
     most_gpus, most_cpus = (max(server[key] for server in summary["servers"]) for key in ("total_gpus", "total_cpus"))
     lines = [
         say("合計:"),
@@ -140,7 +140,7 @@ def render_totals(summary: Mapping[str, Any]) -> str:
     if "ended_tasks" in summary:
         lines.append(say("  終了済み (次の変更で回収): {}", ", ".join(summary["ended_tasks"])))
     lines.append(say("  1 タスクの範囲: GPU {}-{}、CPU 1-{}", summary["min_gpus_per_task"], most_gpus, most_cpus))
-    return "\n".join(lines)
+    return lines
 
 
 def render_detail(state: Mapping[str, Any]) -> str:
@@ -228,13 +228,13 @@ class WaitingLine:
 
 
 def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n\n", manager.resource_file)
+    head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n", manager.resource_file)
     result = {"resource_file": manager.resource_file, **manager.get_overview()}  # construction has made it
     # Of the lines about the pool, whether it is a real one: where it is stands at the head.
     return (
         EXIT_OK,
         result,
-        lambda facts: "\n".join([head + render_totals(facts), *render_pool("", True, facts["made_up"])[1:]]),
+        lambda facts: "\n".join([head, *render_totals(facts), *render_pool("", True, facts["made_up"])[1:]]),
     )
 
 
@@ -297,9 +297,8 @@ def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     from gpu_resource_extensions.run_job import run_job
     from gpu_resource_manager_v01 import quoted
 
-    directory, command = os.path.dirname(os.path.realpath(__file__)), " ".join(map(quoted, args.job))
-    line = WaitingLine(once=True)
-    code, granted = run_job(manager, args.run, args.job, directory, command, args.wait or 0, line, show_error)
+    line, command = WaitingLine(once=True), " ".join(map(quoted, args.job))
+    code, granted = run_job(manager, args.run, args.job, our_directory(), command, args.wait or 0, line, show_error)
     return (code, {**granted, "exit_code": code}, lambda _: "")
 
 
@@ -677,8 +676,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         except library.MissingPackageError:
             raise
         except library.ResourceManagerError as error:
-            codes = [CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES]
-            code, name = [*codes, (EXIT_IO, "state_file")][0]
+            code, name = next(CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES)
             code = getattr(error, "exit_code", code)  # of a command, as a shell has it
             remedy = when_to_retry(args) if name == "no_capacity" else ""
             raise Refusal(code, name, str(error), remedy, facts=vars(error)) from error
@@ -689,11 +687,10 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
             remedy = "gpu_resource_extensions を {} に置いてください"
         elif IS_COMMAND:
             go_on_in_own_environment()
-        directory = os.path.dirname(os.path.realpath(__file__))
-        raise Refusal(EXIT_USAGE, "missing_package", problem, say(remedy, directory)) from error
+        raise Refusal(EXIT_USAGE, "missing_package", problem, say(remedy, our_directory())) from error
 
 
-#: exit code and name for programs of each error; all others are about the state file
+#: exit code and name for programs of each error
 CODES = {
     "DuplicateTaskError": (EXIT_USAGE, "duplicate_task"),
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
@@ -710,6 +707,7 @@ CODES = {
     "NoPoolError": (EXIT_IO, "no_pool"),
     "NoCapacityError": (EXIT_AGAIN, "no_capacity"),
     "LockTimeoutError": (EXIT_AGAIN, "lock_timeout"),
+    "ResourceManagerError": (EXIT_IO, "state_file"),  # all others
 }
 
 
@@ -777,9 +775,13 @@ def end_waits_on_signals() -> None:
             signal.signal(terminating, stop)
 
 
+def our_directory() -> str:
+    return os.path.dirname(os.path.realpath(__file__))
+
+
 def go_on_in_own_environment() -> None:
     """Begin anew as the Python of the ``.venv`` beside this file, if there is one and we are not it."""
-    python = os.path.join(os.path.dirname(os.path.realpath(__file__)), ".venv", "bin", "python")
+    python = os.path.join(our_directory(), ".venv", "bin", "python")
     if os.path.exists(python) and sys.executable != python:
         os.execv(python, [python, *sys.argv])  # noqa: S606 - it is our own
 

@@ -734,12 +734,6 @@ def remove_task(server: Server, task: Task) -> None:
     server["running_tasks"].remove(task)
 
 
-def unheld_gpus(server: Server) -> set[int]:
-    """Return the GPUs of ``server`` that no task holds, in service or not."""
-    held = {gpu for task in server["running_tasks"] for gpu in task["allocated_gpus"]}
-    return {*range(server["total_gpus"])} - held
-
-
 def placed_tasks(state: State) -> list[tuple[Server, Task]]:
     """Return every running task with its server."""
     return [(server, task) for server in state["servers"] for task in server["running_tasks"]]

@@ -278,7 +278,7 @@ ENGLISH: dict[str, str] = {
     "待機中 ({} 番目): {}": "Waiting (number {}): {}",
     "… 他 {} 行": "… {} more lines",
     # The command line: commands
-    "✓ 初期化完了 (既存の状態は上書きしません): {}\n\n": "✓ The pool is there (nothing is overwritten): {}\n\n",
+    "✓ 初期化完了 (既存の状態は上書きしません): {}\n": "✓ The pool is there (nothing is overwritten): {}\n",
     "--watch を表示する端末がありません\n  対処: 端末で実行するか、--watch を外してください": (
         "There is no terminal to show --watch on\n  What to do: run it in a terminal, or leave --watch out"
     ),

@@ -47,10 +47,10 @@ def _same_host(name: str, host: str) -> bool:
 
 
 def check_one_machine(state: State, request: Request) -> None:
-    """:raises InvalidRequestError: another server of the pool is the machine that a local request was asked on."""
+    """:raises InvalidRequestError: another server of the pool is the machine that this local request was asked on."""
     found: list[tuple[Any, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
     found += [(other.get("only_server_name"), other) for other in state.get("waiting", ())]
-    for name, record in found if request.get("local") else ():
+    for name, record in found:
         key = "boot" if "boot" in record and "boot" in request else "host"
         same_machine = record.get("local") is True and record.get(key) == request.get(key)
         if same_machine and name != request["only_server_name"]:

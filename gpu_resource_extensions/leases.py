@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict, cast
 
-from gpu_resource_extensions.servers import append_server
+from gpu_resource_extensions.servers import append_server, unheld_gpus
 from gpu_resource_manager_v01 import (
     MAX_TASK_ID_LENGTH,
     Requester,
@@ -44,7 +44,6 @@ from gpu_resource_manager_v01 import (
     say,
     set_permissions,
     set_waiting,
-    unheld_gpus,
     user_name,
 )
 

@@ -66,8 +66,8 @@ def gpus_of_server(text: str, manager: GPUResourceManagerV01) -> tuple[str, list
     names = [server["server_name"] for server in manager.get_resource_summary()["servers"]]
     name, _, gpus = text.rpartition(":")
     indices = gpus.split(",")
-    has_gpus = name and text not in names and all(index.isascii() and index.isdigit() for index in indices)
-    return (name, [int(index[:9]) for index in indices]) if has_gpus else (text, None)
+    are_numbers = all(index.isascii() and index.isdigit() and len(index) <= 9 for index in indices)
+    return (name, list(map(int, indices))) if name and are_numbers and text not in names else (text, None)
 
 
 def cmd_disable(manager: GPUResourceManagerV01, args: Any) -> Answer:

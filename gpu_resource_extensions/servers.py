@@ -24,7 +24,6 @@ from gpu_resource_manager_v01 import (
     new_servers,
     quoted,
     say,
-    unheld_gpus,
 )
 
 MAX_REASON_LENGTH = 200  # characters; every change reads and writes it
@@ -60,6 +59,12 @@ def find_server(state: State, name: str) -> Server:
             return server
     known = ", ".join(server["server_name"] for server in state["servers"])
     raise InvalidRequestError("サーバー名", name, *_NO_SUCH_SERVER, known=known)
+
+
+def unheld_gpus(server: Server) -> set[int]:
+    """Return the GPUs of ``server`` that no task holds, in service or not."""
+    held = {gpu for task in server["running_tasks"] for gpu in task["allocated_gpus"]}
+    return {*range(server["total_gpus"])} - held
 
 
 def server_id_of(text: str, servers: Sequence[Mapping[str, Any]]) -> int:

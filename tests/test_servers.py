@@ -861,3 +861,9 @@ def test_sixteen_processes_change_servers_while_they_are_used_and_no_gpu_is_give
     assert [server["server_name"] for server in state["servers"]] == [name for name, _, _ in STAYING]
     assert sum(len(server["available_gpus"]) for server in state["servers"]) == 20 - 2 * KEEPERS
     assert [path.name for path in (tmp_path / "claims").iterdir()] == []
+
+
+def test_number_that_is_no_index_is_not_shortened_to_one(made_pool: Path) -> None:
+    before = made_pool.read_bytes()
+    assert cli("--disable", "gpu-server-0:0000000003").code == 2
+    assert made_pool.read_bytes() == before
