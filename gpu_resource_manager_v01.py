@@ -76,7 +76,6 @@ SERVER_VARIABLE = "GPU_RESOURCE_SERVER"  # names the server of the pool that thi
 LANGUAGE_VARIABLE = "GPU_RESOURCE_LANG"  # "en" for English texts; "ja", as without it, for Japanese ones
 DEFAULT_LOCK_TIMEOUT_S = 60.0
 LOCK_POLL_S = 0.001  # between two attempts to take a lock where we cannot stand in the kernel's queue
-WAIT_POLL_S = 0.25  # between two looks of a waiter at the state file
 WAIT_RECHECK_S = 3.0  # after which it looks for processes that have died, which changes no file
 LOCK_FILE, LEASE_DIRECTORY = ".resource.lock", ".leases"  # beside the state file
 
@@ -322,7 +321,7 @@ _TOO_MUCH_AT_ONCE = (
 )
 # For StateFileError.
 _RESET = "内容を直すか、--reset --yes で作り直してください (元のファイルは保存されます)"
-_MAKE_POOL = (
+MAKE_POOL = (
     "GPU_RESOURCE_FILE と /etc/gpu-resource-file が正しいか確認し、新しく作るなら "
     "--init --detect か --init --server NAME:GPUS:CPUS を実行してください"
 )
@@ -449,6 +448,9 @@ class Request(Requester):
 class _Optional(TypedDict, total=False):
     waiting: list[Request]  # in order of arrival; missing when nobody waits
     min_gpus_per_task: int  # missing means MIN_GPUS_PER_TASK
+    # Of a pool in a database:
+    pool: str  # a random id, which names its leases on every host
+    clock: int  # seconds of the store's own clock at the last change, the only clock that decides anything
 
 
 class State(_Optional):
@@ -1271,7 +1273,7 @@ def named_place(machine_file: str) -> str | None:
             raise StateFileError(machine_file, _os_reason(error), say(_MACHINE_FILE_UNREADABLE)) from error
         if not place:
             raise StateFileError(machine_file, *map(say, _EMPTY_MACHINE_FILE))
-    if not os.path.isabs(place):
+    if not os.path.isabs(place) and not is_url(place):
         raise InvalidRequestError(named_by, place, *_RELATIVE)
     return place
 
@@ -1303,6 +1305,7 @@ class Store(Protocol):
 
     path: str  # of the pool, or its address, as screens and errors show it
     lease_directory: str  # where on this machine the leases of its tasks lie, once there are some
+    poll_s: float = 0.25  # between two looks of a waiter at the document
 
     def create(self, state: State) -> None:
         """Make ``state`` the document, unless there is something in its place, good or bad."""
@@ -1331,8 +1334,17 @@ class Store(Protocol):
 
 
 def open_store(place: str, lock_timeout_s: float, lock_name: str = LOCK_FILE) -> Store:
-    """Return the store of the pool at ``place``, a path; ``lock_name`` is for those that have a lock file."""
+    """Return the store of the pool at ``place``, a path or a URL; ``lock_name`` is for those that have a lock file."""
+    if is_url(place):
+        from gpu_resource_extensions.databases import open_database
+
+        return open_database(place, lock_timeout_s)
     return JsonFileStore(place, lock_timeout_s, lock_name)
+
+
+def is_url(place: str) -> bool:
+    """Tell whether a place is that of a database; every path may be made absolute."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", place) is not None
 
 
 class JsonFileStore(Store):
@@ -1399,7 +1411,7 @@ class JsonFileStore(Store):
             if error.errno == errno.EACCES:  # it may be sound, and somebody's
                 unusable.remedy = say(_UNREADABLE)
             return unusable
-        remedy = _MAKE_POOL if os.path.isdir(os.path.dirname(path)) else _MAKE_DIRECTORY
+        remedy = MAKE_POOL if os.path.isdir(os.path.dirname(path)) else _MAKE_DIRECTORY
         return NoPoolError(self.path, _os_reason(error), say(remedy))
 
     def _real_path(self) -> str:
@@ -1925,7 +1937,7 @@ class GPUResourceManagerV01:
             if on_wait and told != reason:
                 told = reason
                 on_wait(answer.waiting + 1, reason)
-            time.sleep(max(0, min(WAIT_POLL_S, deadline_s - time.monotonic())))
+            time.sleep(max(0, min(self._store.poll_s, deadline_s - time.monotonic())))
             mark = self._store.version_mark()
             if mark == seen and time.monotonic() < look_again_s:
                 continue
