@@ -54,7 +54,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, get_args, g
 if TYPE_CHECKING:
     import logging
 
-    from gpu_resource_extensions.leases import Lease, Leases
+    from gpu_resource_extensions.leases import Leases
+    from gpu_resource_extensions.waiting import BoundRequest
 
 T = TypeVar("T")
 OnWait = Callable[[int, str], None]  # position in line, from 1, and why there is no room yet
@@ -401,7 +402,10 @@ class Requester(TypedDict, total=False):
     inside: str  # the task that it was asked in
     local: bool  # it was told to use the GPUs of ``host`` itself
     boot: str  # of the kernel that it was asked under: there alone can its lease be judged
+    machine: str  # id of that machine, in a pool that several share
     lease: str  # name of a file under ``.leases/``: the task ends when no process holds its lock
+    claim: str  # the lease under which another machine had claimed it for this one
+    seen: int  # nothing uses it yet: the last sign of life of its owner, by ``clock``
     # Only in what :meth:`GPUResourceManagerV01.get_detailed_status` returns:
     ended: bool  # the lease is free
     processes: list[dict[str, Any]]  # who holds it, as far as we may see: ``pid``, ``user``, ``command``
@@ -418,6 +422,7 @@ class Task(Requester):
 
 class _Known(TypedDict, total=False):
     boot: str  # of the machine that it was when its last local job was placed
+    machine: str  # id of that machine, in a pool that several share
     disabled: dict[str, str]  # why, of each GPU index that gets nothing new; a task may hold it until it ends
 
 
@@ -441,6 +446,7 @@ class Request(Requester):
     required_cpus: int
     prefer_server_id: int | None
     only_server_name: str | None  # no other will do; by name, for a reset may number other servers
+    excluded_server_names: list[str] | None  # they will not do
     passed_over: int  # how many later requests were placed on a server that would have done for this one
     asked_time: str | None  # as ``start_time``
 
@@ -593,7 +599,7 @@ def _kinds(record: Any) -> dict[str, tuple[tuple[type, ...], bool]]:
         if key not in Requester.__annotations__:
             may_be_none = type(None) in get_args(hint)
             kind = dict if is_typeddict(hint) else get_origin(hint) or hint
-            types = get_args(hint) if may_be_none else (kind,)
+            types = tuple(get_origin(it) or it for it in get_args(hint)) if may_be_none else (kind,)
             kinds[key] = types, key in record.__required_keys__ and not may_be_none
     return kinds
 
@@ -825,11 +831,7 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
             asked = {*Request.__annotations__, *Task.__annotations__} - {*Requester.__annotations__}
             requester = {key: value for key, value in request.items() if key not in asked}
             place(server, request["task_id"], gpus, cpus, state["last_updated"], requester)
-            if request.get("local") and "boot" in request:
-                for other in state["servers"]:
-                    if other.get("boot") == request["boot"]:
-                        del other["boot"]
-                server["boot"] = request["boot"]
+            note_machine(state, server, request)
             placed.append(request["task_id"])
             for earlier in left:
                 earlier["passed_over"] += could_hold(server, earlier)
@@ -840,6 +842,17 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
     set_waiting(state, left)
     # What was placed may have made another request due, to which a reservation has passed: so look again.
     return placed + admit(state, max_passed_over) if placed and left else placed
+
+
+def note_machine(state: State, server: Server, record: Requester) -> None:
+    """Let ``server`` bear what tells the machine that it is, if ``record`` is of that very machine."""
+    if record.get("local") and "boot" in record:
+        for other in state["servers"]:
+            if other.get("boot") == record["boot"]:
+                del other["boot"]
+        server["boot"] = record["boot"]
+        if "machine" in record:
+            server["machine"] = record["machine"]
 
 
 def reserved_servers(state: State, waiting: Sequence[Request], max_passed_over: int = MAX_PASSED_OVER) -> set[int]:
@@ -868,6 +881,7 @@ def could_hold(server: Server, request: Request) -> bool:
         server["total_gpus"] - len(server.get("disabled", ())) >= request["required_gpus"]
         and server["total_cpus"] >= request["required_cpus"]
         and request.get("only_server_name") in (None, server["server_name"])
+        and server["server_name"] not in (request.get("excluded_server_names") or ())
     )
 
 
@@ -976,6 +990,7 @@ def unbind(state: State, request: Request) -> None:
     """Let the task that ``request`` has become live until it is released, whatever becomes of its lease."""
     for _, task in placed_tasks(state):
         if task.get("lease") == request["lease"]:
+            task.pop("seen", None)
             del task["lease"]
 
 
@@ -1243,6 +1258,14 @@ def boot_id() -> str:
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
     return host_name()
+
+
+@cache
+def machine_id() -> str:
+    """Return what names this machine through all its starts: machine-id(5)."""
+    with suppress(OSError), open("/etc/machine-id", encoding="ascii") as file:
+        return file.read().strip() or boot_id()
+    return boot_id()
 
 
 def this_requester(command: str | None = None) -> Requester:
@@ -1631,9 +1654,9 @@ class GPUResourceManagerV01:
         except NoCapacityError:
             if not wait_s:
                 raise
-        with self._lease(request):
-            granted = self._stand_in_line(request, wait_s, on_wait)
-            self._change(lambda state: unbind(state, request))
+        with self._bound(request) as bound:
+            granted = self._granted(bound.ask(wait_s, on_wait))
+            bound.unbind()
             return granted
 
     @contextmanager
@@ -1647,6 +1670,7 @@ class GPUResourceManagerV01:
         on_wait: OnWait | None = None,
         command: str | None = None,
         keeper: Callable[[int], AbstractContextManager[int]] | None = None,
+        claim: str | None = None,
     ) -> Iterator[Allocation]:
         """Hold GPUs and CPUs of this machine while the block runs, and no longer than its processes live.
 
@@ -1657,17 +1681,46 @@ class GPUResourceManagerV01:
         :param command: recorded as information, cut after 200 characters; by default that of this process.
         :param keeper: called with the descriptor of the lease once the task is placed: lets a process hold that
             and gives its pid; by default this process is its own keeper.
+        :param claim: the lease under which it was claimed for this machine; see :meth:`claim`.
+        :raises ClaimGoneError: there is no such claim, or no more.
         """
         check_seconds("wait_s", wait_s)
         request = self._request(task_id, required_gpus, required_cpus, None, True, command)
-        with self._lease(request) as lease:
-            if wait_s:
-                granted = self._stand_in_line(request, wait_s, on_wait)
-            else:
-                granted = self._granted(self._change(lambda state: ask_once(state, request)))
-            with keeper(lease.descriptor) if keeper else nullcontext(os.getpid()) as pid:
-                self._change(lambda state: self._confirm(state, request, lease, pid))
+        with self._bound(request) as bound:
+            granted = self._granted(bound.take_over(claim) if claim else bound.ask(wait_s, on_wait))
+            with keeper(bound.lease.descriptor) if keeper else nullcontext(os.getpid()) as pid:
+                bound.take_up(pid)
                 yield granted
+
+    @contextmanager
+    def claim(
+        self,
+        task_id: str,
+        required_gpus: int,
+        required_cpus: int,
+        *,
+        wait_s: float = 0,
+        on_wait: OnWait | None = None,
+        command: str | None = None,
+        server: str | None = None,
+        excluded_servers: Sequence[str] = (),
+    ) -> Iterator[BoundRequest]:
+        """Hold GPUs and CPUs of any server while the block runs, for a process there to take over.
+
+        That calls :meth:`allocation` with the name of the ``lease`` of what this yields; ``granted`` says where. Until
+        then ``sign`` must be called every few seconds, for a claim without a sign of life lapses. This machine is tried
+        first, then First Fit. Parameters and errors as :meth:`obtain_resources`, and:
+
+        :param server: no other one will do.
+        :param excluded_servers: names of those that will not do.
+        """
+        check_seconds("wait_s", wait_s)
+        request = self._request(task_id, required_gpus, required_cpus, None, False, command)
+        request["only_server_name"], request["excluded_server_names"] = server, [*excluded_servers]
+        with self._bound(request) as bound:
+            bound.prefer_this_machine()
+            bound.granted = self._granted(bound.ask(wait_s, on_wait, is_claim=True))
+            yield bound
 
     def release_resources(self, task_id: str, force: bool = False) -> bool:
         """Take back what the task holds, or its place in line; ``True`` once that is on disk, ``False`` if unknown.
@@ -1685,10 +1738,10 @@ class GPUResourceManagerV01:
             for record in found:
                 self._check_owner(record, force)
                 if "lease" in record and "allocated_gpus" in record:  # what has ended is taken back by now
-                    processes = self._leases.processes([record])[0]
+                    processes = self._leases(state).processes([record])[0]
                     if not force:
                         raise TaskRunningError(task_id, processes)
-                    self._leases.end_claim(record["lease"])
+                    self._leases(state).end_claim(record["lease"])
             end_task(state, task_id)
             return bool(found), processes
 
@@ -1710,12 +1763,19 @@ class GPUResourceManagerV01:
         """
         check_name("task_id", task_id)
         check_seconds("grace_s", grace_s)
-        found = [record for record in records(self._look()) if record["task_id"] == task_id]
+        state = self._look()
+        found = [record for record in records(state) if record["task_id"] == task_id]
         for record in found:
             self._check_owner(record, force)
-            self._leases.stop(record, grace_s)
+            self._leases(state).stop(record, grace_s)
         self._change(lambda state: None)  # takes it back
         return bool(found)
+
+    def reclaim_ended(self) -> list[str]:
+        """Take back what has ended, as every change does; return the identifiers of those tasks and requests."""
+        ended: list[str] = self.get_resource_summary().get("ended_tasks", [])
+        self._change(lambda state: None)
+        return ended
 
     def _check_owner(self, record: Any, force: bool) -> None:
         owner = record.get("uid")
@@ -1748,7 +1808,7 @@ class GPUResourceManagerV01:
     def _seen(self, described: Callable[[State], dict[str, Any]]) -> dict[str, Any]:
         state = self._look()
         with failures_reported(self.resource_file):
-            ended = reclaim(state, self._is_ended)
+            ended = self._reclaim(state)
         return {**described(state), "ended_tasks": ended} if ended else described(state)
 
     def get_detailed_status(self) -> State:
@@ -1758,14 +1818,10 @@ class GPUResourceManagerV01:
         hold it, each with ``pid``, ``user`` and ``command``.
         """
         state = self._look()
-        with failures_reported(self.resource_file):
-            leased = [record for record in records(state) if "lease" in record]
-            for record in leased:
-                if self._is_ended(record):
-                    record["ended"] = True
-            living = [record for record in leased if "ended" not in record]
-            for record, processes in zip(living, self._leases.processes(living) if living else [], strict=True):
-                record["processes"] = processes
+        leased = [record for record in records(state) if "lease" in record]
+        if leased:
+            with failures_reported(self.resource_file):
+                self._leases(state).describe(leased)
         return state
 
     def reset_resources(
@@ -1800,7 +1856,7 @@ class GPUResourceManagerV01:
                     kept.append((server, task))
                 else:
                     if "lease" in task:
-                        self._leases.end_claim(task["lease"])
+                        self._leases(state).end_claim(task["lease"])
                     remove_task(server, task)
             set_waiting(state, [])
             if servers is not None:
@@ -1888,71 +1944,19 @@ class GPUResourceManagerV01:
             check_request(self._store.read(), request)
         return request
 
-    @property
-    def _leases(self) -> Leases:
+    def _leases(self, state: State) -> Leases:
         from gpu_resource_extensions.leases import Leases  # only some pools have any
 
-        return Leases(self._store.lease_directory)
+        return Leases(self._store.lease_directory, state.get("pool", ""), state.get("clock"))
 
-    def _is_ended(self, record: Requester) -> bool:
-        return "lease" in record and self._leases.is_ended(record)
+    def _reclaim(self, state: State) -> list[str]:
+        leased = any("lease" in record for record in records(state))
+        return reclaim(state, self._leases(state).is_ended) if leased else []
 
-    @contextmanager
-    def _lease(self, request: Request) -> Iterator[Lease]:
-        """Bind ``request`` to a lease while the block runs, or for as long as a child holds it.
+    def _bound(self, request: Request) -> BoundRequest:
+        from gpu_resource_extensions.waiting import BoundRequest  # with what follows from a lease
 
-        In each step a crash leaves what the next change understands: a free lease that no record names is deleted,
-        a record with a free lease is taken back, and only what stands in the document is ever called granted. So a
-        lease is deleted only once no record names it any more.
-        """
-        leases = self._leases
-        if not os.path.isdir(leases.directory):
-            self._store.update(lambda _: leases.make_directory())  # under the lock, for two may come at once
-        with failures_reported(self.resource_file):
-            lease = leases.make()
-        request["lease"], request["boot"] = lease.name, boot_id()
-        try:
-            yield lease
-        finally:
-            with failures_reported(self.resource_file):
-                if lease.give_up():
-                    # By the lease, not by the name, which a newer task may bear by now.
-                    self._change(lambda state: reclaim(state, lambda record: record.get("lease") == lease.name))
-                    leases.delete(lease.name)
-
-    def _confirm(self, state: State, request: Request, lease: Lease, keeper: int) -> None:
-        """Let the lease say what was granted, if that still stands; the document is locked and holds it."""
-        for server, task in placed_tasks(state):
-            if task.get("lease") == lease.name:
-                return lease.say_granted(server, task, keeper)
-        raise WaitCancelledError(request["task_id"], shortfall(state, request))
-
-    def _stand_in_line(self, request: Request, wait_s: float, on_wait: OnWait | None) -> Allocation:
-        """Stand in line until ``request`` is placed; :raises NoCapacityError: time is up, or somebody released it."""
-        deadline_s = time.monotonic() + wait_s
-        answer = self._change(lambda state: ask(state, request))
-        told, seen, look_again_s = "", None, 0.0
-        while isinstance(answer, Shortfall) and time.monotonic() < deadline_s:
-            reason = str(NoCapacityError(answer))
-            if on_wait and told != reason:
-                told = reason
-                on_wait(answer.waiting + 1, reason)
-            time.sleep(max(0, min(self._store.poll_s, deadline_s - time.monotonic())))
-            mark = self._store.version_mark()
-            if mark == seen and time.monotonic() < look_again_s:
-                continue
-            seen, look_again_s = mark, time.monotonic() + WAIT_RECHECK_S
-            # On a copy, without a lock: only who would be served goes on to change the file.
-            state = self._look()
-            with failures_reported(self.resource_file):
-                reclaim(state, self._is_ended)
-            admit(state)
-            answer = outcome(state, request)
-            if not isinstance(answer, Shortfall):
-                answer = self._change(lambda state: outcome(state, request))
-        if isinstance(answer, Shortfall):
-            answer = self._change(lambda state: conclude(state, request))
-        return self._granted(answer)
+        return BoundRequest(request, self._store, self._leases, self._look, self._change)
 
     def _granted(self, answer: Allocation | Shortfall) -> Allocation:
         if isinstance(answer, Shortfall):
@@ -1971,7 +1975,7 @@ class GPUResourceManagerV01:
             state = self._described(None, None)
         if os.path.isdir(self._store.lease_directory):
             with failures_reported(self.resource_file):
-                self._leases.put_back(state)
+                self._leases(state).put_back(state)
         return state
 
     def _change(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
@@ -1982,16 +1986,16 @@ class GPUResourceManagerV01:
             if has_leases:
                 # Deleting what no document names has no effect that a second call could see. Ahead of the reclaim:
                 # what that takes back is still named by the document on the disk.
-                self._leases.sweep(records(state))
-            ended = reclaim(state, self._is_ended)
+                self._leases(state).sweep(records(state))
+            ended = self._reclaim(state)
             if ended:
                 log().info(say("終了したタスクを回収しました: %s"), ended)
-            for task_id, gpus in self._leases.put_back(state).items() if has_leases else ():
+            for task_id, gpus in self._leases(state).put_back(state).items() if has_leases else ():
                 log().warning(say(_LACKING), task_id, gpus)
             admit(state)
             result = change(state)
             if has_leases:  # what the change has freed may be theirs
-                self._leases.put_back(state)
+                self._leases(state).put_back(state)
             admit(state)
             has_disabled = any("disabled" in server for server in state["servers"])
             state["version"] = DISABLED_VERSION if has_disabled else FORMAT_VERSION

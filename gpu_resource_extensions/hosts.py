@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_resource_manager_v01 import InvalidRequestError, Request, Requester, Server, State, placed_tasks, say
+from gpu_resource_manager_v01 import InvalidRequestError, Request, Requester, Server, State, placed_tasks, quoted, say
 
 # For InvalidRequestError: the problem, and what to do.
 _NOT_THIS_MACHINE = (
@@ -16,6 +16,11 @@ _SEVERAL_SERVERS = "この計算機にあたるサーバーが複数あります
 _TWO_SERVERS = (
     "は使えません。この計算機は既にサーバー {name} として使われています",
     "GPU_RESOURCE_SERVER に {name} を指定してください",
+)
+_TWO_MACHINES = (
+    "は使えません。別の計算機がサーバー {name} として使われています",
+    "この計算機に別の名前を付けて --add-server で登録するか、計算機を取り替えたなら --remove-server {name} の後で "
+    "--add-server をやり直してください",
 )
 
 
@@ -47,7 +52,15 @@ def _same_host(name: str, host: str) -> bool:
 
 
 def check_one_machine(state: State, request: Request) -> None:
-    """:raises InvalidRequestError: another server of the pool is the machine that this local request was asked on."""
+    """:raises InvalidRequestError: another server of the pool is the machine that this local request was asked on,
+
+    or another machine is the server of its name.
+    """
+    named = request["only_server_name"]
+    for server in state["servers"]:
+        is_other = server.get("machine", request.get("machine")) != request.get("machine")
+        if server["server_name"] == named and is_other and server.get("boot") != request.get("boot"):
+            raise InvalidRequestError("server", named, *_TWO_MACHINES, name=quoted(str(named)))
     found: list[tuple[Any, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
     found += [(other.get("only_server_name"), other) for other in state.get("waiting", ())]
     for name, record in found:

@@ -5,6 +5,11 @@ and through ``exec``, hold the same lock, and the kernel frees it when the last 
 whether any process of a job lives, right in every pid namespace and after every kind of death. No heartbeat, no
 pid. Its first line is one of the words below; the second is a ``Claim`` as JSON once that word is ``granted``.
 
+A job is judged only on the machine that it runs on. What nothing uses yet, for it waits or was granted and not
+taken up, has ``seen`` in its record and lapses: its owner gives a sign of life every ``SIGN_S`` seconds, and who is
+late loses it, wherever that is. On a file's pool the sign is the time stamp of the lease, which costs no write of the
+document; in a database it is the ``clock`` of the store, written to ``seen``.
+
 Reads from the ground up: the lease of this process, the directory of all, the processes behind one.
 """
 
@@ -34,6 +39,7 @@ from gpu_resource_manager_v01 import (
     check_record,
     hold,
     host_name,
+    machine_id,
     named_processes,
     new_in_place,
     placed_tasks,
@@ -53,6 +59,7 @@ LEASE_NAME = re.compile(r"([0-9a-f]{32})(?: \(deleted\))?$")
 # File systems that no other machine can have mounted: on one of these, another boot was an earlier one.
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "overlay")
 STOP_POLL_S, KILL_LIMIT_S = 0.02, 5.0
+SIGN_S, LAPSE_S = 15, 60  # between two signs of life, and without one before what nothing uses yet is taken back
 
 
 class NotStoppableError(ResourceManagerError):
@@ -154,8 +161,14 @@ class Lease:
     def __init__(self, name: str, descriptor: int) -> None:
         self.name, self.descriptor = name, descriptor
 
-    def say_granted(self, server: Server, task: Task, keeper: int) -> None:
-        """Write what the lease stands for; called once the grant is committed, with the document locked."""
+    def sign(self) -> None:
+        """Give a sign of life: a time stamp by the clock of the kernel that nobody can set."""
+        os.utime(self.descriptor, (now_s(), now_s()))
+
+    def say_granted(self, server: Server, task: Task, keeper: int) -> bool:
+        """Write what the lease stands for, once its taking up is committed; ``False`` if it was released since."""
+        if os.pread(self.descriptor, len(RELEASED), 0) == RELEASED:
+            return False
         claim: Claim = {
             "task": task,
             "server_name": server["server_name"],
@@ -165,6 +178,7 @@ class Lease:
         }
         os.pwrite(self.descriptor, json.dumps(claim, ensure_ascii=False).encode("utf-8", "backslashreplace"), 9)
         os.pwrite(self.descriptor, GRANTED, 0)  # last: what it says is complete whenever we are killed
+        return True
 
     def give_up(self) -> bool:
         """Close the descriptor; tell whether no child holds the lease either, file or no file."""
@@ -178,6 +192,11 @@ class Lease:
             os.close(other)
 
 
+def now_s() -> float:
+    """Return the seconds since this kernel was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def _lock_at_once(descriptor: int, operation: int) -> bool:
     with suppress(BlockingIOError):
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -186,10 +205,15 @@ def _lock_at_once(descriptor: int, operation: int) -> bool:
 
 
 class Leases:
-    """All leases of one pool, in one directory."""
+    """All leases of one pool on this machine, in one directory."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, pool: str = "", clock_s: int | None = None) -> None:
+        """:param pool: what begins the names of its leases in a directory that it shares with other pools.
+
+        :param clock_s: the present time of a store that several machines share.
+        """
+        self.directory, self.clock_s = directory, clock_s
+        self.prefix = f"gpu-lease-{pool}-" if pool else ""
 
     def make_directory(self) -> None:
         """Make the directory, for all who may write where it lies; called with the document locked."""
@@ -201,13 +225,18 @@ class Leases:
         """Make a lease, which says that something is asked for."""
         while True:
             name = os.urandom(16).hex()
-            descriptor = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(self._path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                set_permissions(descriptor, self.directory, 0o660)
+                if self.prefix:  # a directory of everybody, where ``--release --force`` is for everybody too
+                    os.fchmod(descriptor, 0o666)
+                else:
+                    set_permissions(descriptor, self.directory, 0o660)
                 os.pwrite(descriptor, ASKED, 0)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if os.fstat(descriptor).st_nlink:  # else it was swept before we had locked it
-                    return Lease(name, fcntl.fcntl(descriptor, fcntl.F_DUPFD, LOWEST_DESCRIPTOR))
+                    lease = Lease(name, fcntl.fcntl(descriptor, fcntl.F_DUPFD, LOWEST_DESCRIPTOR))
+                    lease.sign()
+                    return lease
             except OSError as error:
                 self.delete(name)
                 if error.errno == errno.EINVAL:  # so few descriptors are allowed that there is no such number
@@ -218,21 +247,40 @@ class Leases:
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.directory, name))
+            os.unlink(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, self.prefix + name)
 
     def is_ended(self, record: Requester) -> bool:
-        """Tell whether ``record`` names a lease whose last holder is gone; if we cannot know, it is not.
+        """Tell whether ``record`` names a lease whose last holder is gone, or a claim that has lapsed.
 
-        ``flock`` tells the truth about processes under the same kernel, whatever the host is called: a container
-        has a name of its own. What was taken under another kernel is over if only this machine can have the pool.
+        If we cannot know, it has not. ``flock`` tells the truth about processes under the same kernel, whatever the
+        host is called: a container has a name of its own. What was taken under another kernel is over if that was an
+        earlier start of this machine: it has its name and machine id, or only this machine can have the pool.
         """
         name = record.get("lease")
         if not isinstance(name, str):
             return False
-        if not self._is_here(record):
+        if self._has_lapsed(name, record):
+            return True
+        if self._is_here(record):
+            # Shared, so that two who look at once do not take each other for the holder.
+            return self._free(name, fcntl.LOCK_SH)
+        if self.clock_s is None:
             return "boot" in record and _is_local(self.directory)
-        # Shared, so that two who look at once do not take each other for the holder.
-        return self._free(name, fcntl.LOCK_SH)
+        return (record.get("machine"), record.get("host")) == (machine_id(), host_name())
+
+    def _has_lapsed(self, name: str, record: Requester) -> bool:
+        """Tell whether nothing uses ``record`` yet and its owner gives no sign of life."""
+        seen = record.get("seen")
+        if not isinstance(seen, int):
+            return False
+        if self.clock_s is not None:
+            return self.clock_s - seen > LAPSE_S
+        with suppress(OSError):
+            return self._is_here(record) and now_s() - os.stat(self._path(name)).st_mtime > LAPSE_S
+        return False
 
     def _is_here(self, record: Requester) -> bool:
         """Tell whether the processes of ``record`` run under this kernel; an earlier version noted only the host."""
@@ -243,7 +291,8 @@ class Leases:
         unnamed = {*self._names()}
         for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
             # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
-            self._free(name, fcntl.LOCK_EX, self.delete)
+            with suppress(PermissionError):  # in a directory of everybody: its owner's next change does
+                self._free(name, fcntl.LOCK_EX, self.delete)
 
     def put_back(self, state: State) -> dict[str, list[int]]:
         """Do as :func:`put_back` for all living jobs of this machine, the oldest first; ``{}`` if none lacks a GPU."""
@@ -253,7 +302,8 @@ class Leases:
 
     def _names(self) -> list[str]:
         with suppress(FileNotFoundError, NotADirectoryError):
-            return os.listdir(self.directory)
+            names = os.listdir(self.directory)
+            return [name.removeprefix(self.prefix) for name in names if name.startswith(self.prefix)]
         return []
 
     def claim(self, name: str) -> Claim | None:
@@ -283,7 +333,7 @@ class Leases:
         if not re.fullmatch(LEASE_NAME, name) or len(name) != 32:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
         # Somebody may have put a FIFO there.
-        return os.open(os.path.join(self.directory, name), access | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return os.open(self._path(name), access | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def _free(self, name: str, operation: int, then: Callable[[str], None] | None = None) -> bool:
         """Tell whether nobody holds a lease, and do ``then`` while it is locked; what is no lease counts as held."""
@@ -300,6 +350,17 @@ class Leases:
             return is_free
         finally:
             os.close(descriptor)
+
+    def describe(self, leased: Sequence[Any]) -> None:
+        """Note in each record that it has ``ended``, or else its ``processes``."""
+        living = []
+        for record in leased:
+            if self.is_ended(record):
+                record["ended"] = True
+            else:
+                living.append(record)
+        for record, processes in zip(living, self.processes(living) if living else [], strict=True):
+            record["processes"] = processes
 
     def processes(self, held: Sequence[Any]) -> list[list[dict[str, Any]]]:
         """Return who holds the lease of each record: as far as we may see, else what the lease itself says."""
