@@ -294,12 +294,32 @@ def when_to_retry(args: argparse.Namespace) -> str:
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_extensions.run_job import run_job
     from gpu_resource_manager_v01 import quoted
 
     line, command = WaitingLine(once=True), " ".join(map(quoted, args.job))
-    code, granted = run_job(manager, args.run, args.job, our_directory(), command, args.wait or 0, line, show_error)
+    how = manager, args.run, args.job, our_directory(), command, args.wait or 0, line, show_error
+    if args.any or args.on is not None:
+        from gpu_resource_extensions.remote_run import run_anywhere
+
+        code, granted = run_anywhere(*how, args.on)
+    else:
+        from gpu_resource_extensions.run_job import run_job
+
+        code, granted = run_job(*how)
     return (code, {**granted, "exit_code": code}, lambda _: "")
+
+
+def cmd_take(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    from gpu_resource_extensions.remote_run import take
+
+    claim, job = args.take
+    code, granted = take(manager, claim, job, our_directory(), show_error)
+    return (code, {**granted, "exit_code": code}, lambda _: "")
+
+
+def cmd_reclaim(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    ended = manager.reclaim_ended()
+    return done("✓ 終了したタスクの回収完了: {tasks}", tasks=", ".join(ended) or say("なし"), ended_tasks=ended)
 
 
 def done(template: str, **result: Any) -> Answer:
@@ -409,6 +429,15 @@ def task_request(values: Sequence[str]) -> tuple[str, int, int]:
     return task_id, integer(gpus), integer(cpus)
 
 
+def claimed_job(values: Sequence[str]) -> tuple[str, Any]:
+    from gpu_resource_extensions.remote_run import unpacked
+
+    try:
+        return values[0], unpacked(values[1])
+    except ValueError:
+        raise wrong_value("--run --any が渡すものではありません: {!r}", values[1][:40]) from None
+
+
 #: a text of its own, for argparse would take a fifth of a start to make one
 HELP = """\
 usage: {} コマンド [オプション]
@@ -424,6 +453,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
                                    コマンドをこの計算機の GPU で実行し、終わったら解放する
   --release TASK_ID                タスクのリソースを解放する
   --stop TASK_ID                   タスクのプロセスを終了させて解放する
+  --reclaim                        この計算機で終了したタスクを回収する (定期実行用)
   --reset                          すべてのタスクの記録を消す (確認あり)
   --add-server NAME:GPUS:CPUS      サーバーを追加する
   --remove-server NAME             使われていないサーバーを外す
@@ -436,6 +466,8 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 オプション:
   --prefer-server ID               --allocate で優先するサーバーの ID か名前
   --wait [SECONDS]                 --allocate と --run で、空くまで待つ (90、5m、2h、1d。省くと無期限)
+  --any                            --run を、空きのあるサーバーで ssh により実行する
+  --on NAME                        --run を、そのサーバーで ssh により実行する
   --export                         --allocate の結果を eval "$(…)" のための行で出力する
   --force                          --release、--stop で他の利用者のタスクも対象にする。
                                    --release、--reset で動いているタスクの記録も消す
@@ -449,9 +481,12 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --json                           結果を 1 つの JSON 文書で出力する
 
 環境変数:
-  GPU_RESOURCE_FILE                状態ファイル (なければ /etc/gpu-resource-file の 1 行目)
+  GPU_RESOURCE_FILE                状態ファイルか postgresql:// か redis://
+                                   (なければ /etc/gpu-resource-file の 1 行目)
   GPU_RESOURCE_SERVER              この計算機にあたるサーバーの名前
   GPU_RESOURCE_LANG                en: English
+  GPU_RESOURCE_SSH                 --any と --on の ssh コマンド (なければ ssh)
+  GPU_RESOURCE_REMOTE              その接続先のコマンド (なければ gpu-resource)
 
 終了コード:
   0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 /
@@ -468,10 +503,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cli_v01.py", allow_abbrev=False, add_help=False, formatter_class=formatter)
     parser.error = wrong_usage  # type: ignore[method-assign]
     commands = parser.add_mutually_exclusive_group()
-    for option in ("--init", "--status", "--detail", "--reset"):
+    for option in ("--init", "--status", "--detail", "--reset", "--reclaim"):
         commands.add_argument(option, dest="command", action="store_const", const=option)
-    for option, value_of in WITH_VALUE.items():
-        commands.add_argument(option, nargs=3 if value_of is task_request else None, action="append")
+    for option in WITH_VALUE:
+        commands.add_argument(option, nargs={"--allocate": 3, "--run": 3, "--take": 2}.get(option), action="append")
     commands.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -488,6 +523,7 @@ def name_of(option: str) -> str:
 WITH_VALUE: dict[str, Callable[[Any], Any]] = {
     "--allocate": task_request,
     "--run": task_request,
+    "--take": claimed_job,
     "--release": str,
     "--stop": str,
     "--add-server": server_description,
@@ -500,6 +536,8 @@ WITH_VALUE: dict[str, Callable[[Any], Any]] = {
 OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "--prefer-server": (["--allocate"], {"metavar": "ID"}),
     "--wait": (["--allocate", "--run"], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
+    "--any": (["--run"], {}),
+    "--on": (["--run"], {"metavar": "NAME"}),
     "--export": (["--allocate"], {}),
     "--force": (["--release", "--stop", "--reset"], {}),
     "--grace": (["--stop"], {"type": seconds, "metavar": "SECONDS"}),
@@ -542,7 +580,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str], job: list[str] 
         commands = OPTIONS[option][0]
         if args.command not in commands:
             wrong_usage(say("{} は {} と一緒に指定してください", option, say("・").join(commands)))
-    for one, other in (("--json", "--export"), ("--detect", "--server"), ("--json", "--watch")):
+    for one, other in (("--json", "--export"), ("--detect", "--server"), ("--json", "--watch"), ("--any", "--on")):
         if {one, other} <= given:
             wrong_usage(say("{} と {} は一緒に指定できません", one, other))
     return args
@@ -698,6 +736,9 @@ CODES = {
     "NotConfirmedError": (EXIT_NO, "not_confirmed"),
     "NoTerminalError": (EXIT_USAGE, "usage"),
     "KeeperError": (EXIT_OURS, "not_started"),
+    "UnreachableError": (EXIT_OURS, "unreachable"),
+    "DirectoryError": (EXIT_OURS, "no_directory"),
+    "ClaimGoneError": (EXIT_OURS, "claim_gone"),
     "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),
     "TaskRunningError": (EXIT_NO, "task_running"),
@@ -734,7 +775,7 @@ def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
         code = int(stop.args[0]) if isinstance(stop, Stopped) else EXIT_INTERRUPTED
         remedy = say("--detail で現在の状態を確認できます")
         refused = Refusal(code, "interrupted", say("中断しました"), remedy)
-    is_ours = "--run" in words and refused.code in (EXIT_NO, EXIT_USAGE, EXIT_IO)
+    is_ours = ("--run" in words or "--take" in words) and refused.code in (EXIT_NO, EXIT_USAGE, EXIT_IO)
     return output.refused(refused, EXIT_OURS if is_ours else refused.code)
 
 

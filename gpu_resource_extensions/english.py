@@ -407,6 +407,64 @@ ENGLISH: dict[str, str] = {
     ),
     "最後のサーバーです": "it is the last one",
     "別のサーバーを --add-server で登録してから再実行してください": "add another one with --add-server first",
+    # Several machines
+    "タスク {task_id!r} の割り当てを引き継げません: {server} の {path} に、この割り当てはもうありません\n"
+    "  対処: 両方の計算機の /etc/gpu-resource-file が同じプールを指すことを確かめ、もう一度実行してください": (
+        "The claim of task {task_id!r} cannot be taken over: on {server}, {path} does not have it any more\n"
+        "  What to do: see that /etc/gpu-resource-file names the same pool on both machines, and try again"
+    ),
+    "は使えません。別の計算機がサーバー {name} として使われています": (
+        "cannot be used: another machine is the server {name}"
+    ),
+    "この計算機に別の名前を付けて --add-server で登録するか、計算機を取り替えたなら --remove-server {name} の後で "
+    "--add-server をやり直してください": (
+        "give this machine another name and add it with --add-server, or, if it was replaced, "
+        "use --remove-server {name} and then --add-server again"
+    ),
+    "のプールは 1 台のもので、他のサーバーでは実行できません": (
+        "is a pool of one machine: nothing can be run on another one"
+    ),
+    "/etc/gpu-resource-file に postgresql:// か redis:// の場所を書くか、--any と --on を外してください": (
+        "write a postgresql:// or redis:// place into /etc/gpu-resource-file, or leave --any and --on out"
+    ),
+    "が長すぎます (ssh で渡せるのは {most} バイトまで、これは {bytes} バイト)": (
+        "is too long (ssh can hand over {most} bytes, and this is {bytes})"
+    ),
+    "引数をファイルに書き、コマンドからそれを読んでください": (
+        "write the arguments into a file, and let the command read that"
+    ),
+    "どのサーバーでも始められませんでした: {names}\n"
+    "  対処: ssh {first} gpu-resource --version が動くことを確認してください (上に ssh のメッセージがあります)": (
+        "It could be started on no server: {names}\n"
+        "  What to do: see that ssh {first} gpu-resource --version works (what ssh has to say stands above)"
+    ),
+    "{server} で作業ディレクトリに入れません: {directory}: {reason}\n"
+    "  対処: 全サーバーで共有しているディレクトリで実行してください": (
+        "The working directory cannot be entered on {server}: {directory}: {reason}\n"
+        "  What to do: run it in a directory that all servers share"
+    ),
+    "注意: {0} との接続が切れましたが、タスク {1} の記録は残っています (--detail で確認できます)": (
+        "Note: the connection to {0} is gone, but the record of task {1} is there (see --detail)"
+    ),
+    "注意: {} では始められませんでした": "Note: it could not be started on {}",
+    "--run --any が渡すものではありません: {!r}": "not what --run --any hands over: {!r}",
+    "✓ 終了したタスクの回収完了: {tasks}": "✓ Reclaimed what has ended: {tasks}",
+    # Databases
+    "ロック取得タイムアウト\n  {path} の変更を {timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
+    "  対処: しばらくして再実行してください": (
+        "Lock not had in time\n  waited {timeout_s:g} s to change {path}, but other processes use it\n"
+        "  What to do: try again later"
+    ),
+    "のデータベースには対応していません": "is of a database that we do not know",
+    "postgresql://、redis://、rediss:// のいずれかで始まる場所を指定してください": (
+        "use a place that begins with postgresql://, redis:// or rediss://"
+    ),
+    "プールは変更していません。内容を確認してください": "the pool was left as it was; check what was to be written",
+    "変更が保存されたか確認できません ({})": "it is not known whether the change was stored ({})",
+    "データベースの状態を確認し、--detail で現在の状態を確かめてください": (
+        "check the database, and see with --detail how things stand"
+    ),
+    "データベースにプールの文書がありません": "the database holds no document of a pool",
     # Help
     """\
 usage: {} コマンド [オプション]
@@ -422,6 +480,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
                                    コマンドをこの計算機の GPU で実行し、終わったら解放する
   --release TASK_ID                タスクのリソースを解放する
   --stop TASK_ID                   タスクのプロセスを終了させて解放する
+  --reclaim                        この計算機で終了したタスクを回収する (定期実行用)
   --reset                          すべてのタスクの記録を消す (確認あり)
   --add-server NAME:GPUS:CPUS      サーバーを追加する
   --remove-server NAME             使われていないサーバーを外す
@@ -434,6 +493,8 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 オプション:
   --prefer-server ID               --allocate で優先するサーバーの ID か名前
   --wait [SECONDS]                 --allocate と --run で、空くまで待つ (90、5m、2h、1d。省くと無期限)
+  --any                            --run を、空きのあるサーバーで ssh により実行する
+  --on NAME                        --run を、そのサーバーで ssh により実行する
   --export                         --allocate の結果を eval "$(…)" のための行で出力する
   --force                          --release、--stop で他の利用者のタスクも対象にする。
                                    --release、--reset で動いているタスクの記録も消す
@@ -447,9 +508,12 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --json                           結果を 1 つの JSON 文書で出力する
 
 環境変数:
-  GPU_RESOURCE_FILE                状態ファイル (なければ /etc/gpu-resource-file の 1 行目)
+  GPU_RESOURCE_FILE                状態ファイルか postgresql:// か redis://
+                                   (なければ /etc/gpu-resource-file の 1 行目)
   GPU_RESOURCE_SERVER              この計算機にあたるサーバーの名前
   GPU_RESOURCE_LANG                en: English
+  GPU_RESOURCE_SSH                 --any と --on の ssh コマンド (なければ ssh)
+  GPU_RESOURCE_REMOTE              その接続先のコマンド (なければ gpu-resource)
 
 終了コード:
   0 成功 / 1 答えは「いいえ」 / 2 引数の誤り / 74 読み書きの失敗 / 75 後で再試行 /
@@ -468,6 +532,7 @@ Commands:
                                    run a command on GPUs of this machine, release them when it ends
   --release TASK_ID                release what a task holds
   --stop TASK_ID                   end the processes of a task and release what it holds
+  --reclaim                        take back what has ended on this machine (for a timer)
   --reset                          clear the records of all tasks (asks first)
   --add-server NAME:GPUS:CPUS      add a server
   --remove-server NAME             remove a server that nobody uses
@@ -480,6 +545,8 @@ Commands:
 Options:
   --prefer-server ID               id or name of the server that --allocate tries first
   --wait [SECONDS]                 with --allocate and --run: wait (90, 5m, 2h, 1d; for ever without)
+  --any                            with --run: on whatever server has room, through ssh
+  --on NAME                        with --run: on that server, through ssh
   --export                         print the result of --allocate as lines for eval "$(…)"
   --force                          with --release, --stop: tasks of others too;
                                    with --release, --reset: records of tasks that run, too
@@ -493,9 +560,12 @@ Options:
   --json                           print the result as one JSON document
 
 Environment:
-  GPU_RESOURCE_FILE                the state file (else the first line of /etc/gpu-resource-file)
+  GPU_RESOURCE_FILE                the state file, postgresql:// or redis://
+                                   (else the first line of /etc/gpu-resource-file)
   GPU_RESOURCE_SERVER              the name of the server that this machine is
   GPU_RESOURCE_LANG                en: English
+  GPU_RESOURCE_SSH                 the ssh command of --any and --on (else ssh)
+  GPU_RESOURCE_REMOTE              our command at its other end (else gpu-resource)
 
 Exit codes:
   0 done / 1 the answer is no / 2 wrong usage / 74 cannot read or write / 75 try again later /

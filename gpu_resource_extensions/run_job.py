@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from shutil import which
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ _PR_SET_CHILD_SUBREAPER, _PR_SET_NAME = 36, 15  # <linux/prctl.h>
 _PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _LEFT_S = 0.25  # after which processes that outlive the command are worth a word
+Keeper = Callable[[int], AbstractContextManager[int]]  # as for :meth:`GPUResourceManagerV01.allocation`
 
 
 def job_environment(allocation: Mapping[str, Any]) -> dict[str, str]:
@@ -131,15 +132,37 @@ def run_job(
     :param tell: told of what happens otherwise.
     :raises CommandError: there is no such command; that is found out ahead of the wait.
     """
-    task_id, gpus, cpus = asked
-    environment, code = users_environment(tool), None
     try:
-        check_command(words[0], environment)
+        check_command(words[0], users_environment(tool))
     except OSError as error:
         raise CommandError(words[0], error) from error
+    task_id, gpus, cpus = named_task(asked, words, tell)
+
+    def held(keeper: Keeper) -> AbstractContextManager[Allocation]:
+        return manager.allocation(task_id, gpus, cpus, wait_s=wait_s, on_wait=line, command=command, keeper=keeper)
+
+    return run_held(held, task_id, words, tool, line.end, tell)
+
+
+def named_task(asked: tuple[str, int, int], words: Sequence[str], tell: Callable[[str], None]) -> tuple[str, int, int]:
+    """Return what was asked for, with a name of its own, which is told, for a task that is called ``-``."""
+    task_id, gpus, cpus = asked
     if task_id == "-":
         task_id = new_task_id(words)
         tell(say("タスクID: {}", task_id))
+    return task_id, gpus, cpus
+
+
+def run_held(
+    held: Callable[[Keeper], AbstractContextManager[Allocation]],
+    task_id: str,
+    words: list[str],
+    tool: str,
+    tell_start: Callable[[str], None],
+    tell: Callable[[str], None],
+) -> tuple[int, Allocation]:
+    """Run a command while the block of ``held`` gives it its GPUs; all else is as in :func:`run_job`."""
+    code = None
 
     def report_left(pid: int) -> None:
         who = named_processes([process._asdict() for process in descendants(pid)])
@@ -151,13 +174,12 @@ def run_job(
 
     job = Job(words, report_left)
     try:
-        with manager.allocation(
-            task_id, gpus, cpus, wait_s=wait_s, on_wait=line, command=command, keeper=job.kept
-        ) as granted:
-            line.end(say("✓ {} の GPU {} で実行します: {}", granted["server_name"], granted["gpu_devices"], task_id))
+        with held(job.kept) as granted:
+            server, gpus = granted["server_name"], granted["gpu_devices"]
+            tell_start(say("✓ {} の GPU {} で実行します: {}", server, gpus, task_id))
             try:
-                code = job.run({**environment, **job_environment(granted)})
-            except OSError as error:  # it has vanished meanwhile
+                code = job.run({**users_environment(tool), **job_environment(granted)})
+            except OSError as error:  # it has vanished meanwhile, or is not on this machine
                 gone = CommandError(words[0], error)
                 tell(f"✗ {gone}")
                 code = gone.exit_code
@@ -254,7 +276,12 @@ class Job:
                     return self.code
                 if self.pid:
                     for number in received:
-                        os.kill(self.pid, number)
+                        if number == signal.SIGHUP and os.getsid(0) == os.getpid():
+                            # Our connection is gone, and the group is that of the job and ours alone.
+                            os.killpg(0, signal.SIGHUP)
+                            signal.sigtimedwait({signal.SIGHUP}, 0)  # our own
+                        else:
+                            os.kill(self.pid, number)
                     received = []
                 found = signal.sigwaitinfo(_WATCHED)
                 # A terminal that goes away tells only the leader of its session.

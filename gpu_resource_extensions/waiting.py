@@ -191,6 +191,11 @@ class BoundRequest:
             here = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             self.request["prefer_server_id"] = here["server_id"]
 
+    @property
+    def is_here(self) -> bool:
+        """Tell whether what was granted is on this machine."""
+        return self.granted["server_id"] == self.request["prefer_server_id"]
+
     def sign(self) -> bool:
         """Give a sign of life if it is time for one; ``False`` once nothing unused bears our lease any more."""
         if now_s() - self._signed_s < SIGN_S:

@@ -1,0 +1,229 @@
+"""A job on whatever server of the pool has room, started there through the system's ``ssh``.
+
+1. Here: claim room with a lease, and start ``ssh NAME 'exec gpu-resource --take CLAIM JOB'``.
+2. There: a lease of its own takes the record over in one change, which is refused a second time; the job runs as with
+   ``--run``. When the connection is gone, which kills our parent, the job is hung up.
+3. Here: give signs of life until ``ssh`` ends, and then ask the store, not ``ssh``, what has happened, for its 255
+   may be the job's: a claim that is still there was never taken over, so the next server is tried.
+
+The name of a server is its address for ``ssh``. One word of plain letters carries the job, for every shell quotes
+otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+from gpu_resource_extensions.leases import SIGN_S
+from gpu_resource_extensions.run_job import CommandError, Keeper, Told, named_task, run_held
+from gpu_resource_extensions.servers import find_server
+from gpu_resource_extensions.waiting import BoundRequest
+from gpu_resource_manager_v01 import (
+    LANGUAGE_VARIABLE,
+    SERVER_VARIABLE,
+    Allocation,
+    DuplicateTaskError,
+    GPUResourceManagerV01,
+    InvalidRequestError,
+    ResourceManagerError,
+    is_url,
+    say,
+)
+
+SSH_VARIABLE = "GPU_RESOURCE_SSH"  # the ssh command, with options if need be, as GIT_SSH_COMMAND for git
+REMOTE_VARIABLE = "GPU_RESOURCE_REMOTE"  # our command on the other servers
+MAX_WORD_BYTES = 131_071  # of one word of a command (execve(2), MAX_ARG_STRLEN), as which ssh hands ours over
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_CLAIM_LENGTH = 32
+
+# For InvalidRequestError: the problem, and what to do.
+_ONE_MACHINE = (
+    "のプールは 1 台のもので、他のサーバーでは実行できません",
+    "/etc/gpu-resource-file に postgresql:// か redis:// の場所を書くか、--any と --on を外してください",
+)
+_TOO_LONG = (
+    "が長すぎます (ssh で渡せるのは {most} バイトまで、これは {bytes} バイト)",
+    "引数をファイルに書き、コマンドからそれを読んでください",
+)
+
+
+class UnreachableError(ResourceManagerError):
+    """None of the servers that would do could be reached, or could start a job; nothing was run."""
+
+    template = (
+        "どのサーバーでも始められませんでした: {names}\n"
+        "  対処: ssh {first} gpu-resource --version が動くことを確認してください (上に ssh のメッセージがあります)"
+    )
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.first = ", ".join(names), names[0]
+
+
+class DirectoryError(ResourceManagerError):
+    """The directory of the command is not on the server where there is room; nothing was run."""
+
+    template = (
+        "{server} で作業ディレクトリに入れません: {directory}: {reason}\n"
+        "  対処: 全サーバーで共有しているディレクトリで実行してください"
+    )
+
+    def __init__(self, server: str, directory: str, error: OSError) -> None:
+        self.server, self.directory, self.reason = server, directory, error.strerror
+
+
+def packed(job: dict[str, Any]) -> str:
+    """Return a job as one word that no shell changes."""
+    return base64.urlsafe_b64encode(json.dumps(job).encode("ascii")).decode("ascii")
+
+
+def unpacked(word: str) -> Any:
+    """Return the job of such a word; :raises ValueError: it is none."""
+    job = json.loads(base64.b64decode(word, altchars=b"-_", validate=True))
+    if not isinstance(job, dict) or {*job} != {"asked", "server", "directory", "words", "language"}:
+        raise ValueError(word)
+    return job
+
+
+def run_anywhere(
+    manager: GPUResourceManagerV01,
+    asked: tuple[str, int, int],
+    words: list[str],
+    tool: str,
+    command: str,
+    wait_s: float,
+    line: Told,
+    tell: Callable[[str], None],
+    server: str | None,
+) -> tuple[int, Allocation]:
+    """Run a command where there is room; parameters and result are as in :func:`run_job`, and:
+
+    :param server: no other one will do.
+    :raises UnreachableError: it could be started nowhere.
+    """
+    if not is_url(manager.resource_file):
+        raise InvalidRequestError("resource_file", manager.resource_file, *_ONE_MACHINE)
+    pool: Any = manager.get_resource_summary()
+    if server is not None:
+        find_server(pool, server)
+    task_id, gpus, cpus = named_task(asked, words, tell)
+    job = {"asked": [task_id, gpus, cpus], "words": words, "directory": os.getcwd()}
+    job["language"] = os.environ.get(LANGUAGE_VARIABLE, "")
+
+    def far_command(name: str, claim: str) -> str:
+        far = os.environ.get(REMOTE_VARIABLE) or "gpu-resource"
+        return f"exec {far} --take {claim} {packed({**job, 'server': name})}"
+
+    names = [row["server_name"] for row in pool["servers"]]
+    longest = max(len(os.fsencode(far_command(name, "-" * _CLAIM_LENGTH))) for name in names)
+    if longest > MAX_WORD_BYTES:
+        raise InvalidRequestError("command", words[0], *_TOO_LONG, most=MAX_WORD_BYTES, bytes=longest)
+    deadline_s = time.monotonic() + wait_s
+    skipped: list[str] = []
+    while True:
+        left_s = max(0, deadline_s - time.monotonic())
+        try:
+            with manager.claim(
+                task_id,
+                gpus,
+                cpus,
+                wait_s=left_s,
+                on_wait=line,
+                command=command,
+                server=server,
+                excluded_servers=skipped,
+            ) as claim:
+                granted = claim.granted
+                if claim.is_here:
+                    return run_taken(manager, claim.lease.name, (task_id, gpus, cpus), words, tool, line.end, tell)
+                name = granted["server_name"]
+                line.end(say("✓ {} の GPU {} で実行します: {}", name, granted["gpu_devices"], task_id))
+                code = through_ssh(name, far_command(name, claim.lease.name), claim)
+                fate = claim.fate()
+        except InvalidRequestError as error:
+            if not skipped or isinstance(error, DuplicateTaskError):
+                raise
+            raise UnreachableError(skipped) from None
+        if fate != "withdrawn":
+            if fate == "running" and code in (255, 128 + signal.SIGKILL):
+                text = "注意: {0} との接続が切れましたが、タスク {1} の記録は残っています (--detail で確認できます)"
+                tell(say(text, name, task_id))
+            return code, granted
+        tell(say("注意: {} では始められませんでした", name))
+        skipped.append(name)
+
+
+def through_ssh(name: str, far_command: str, claim: BoundRequest) -> int:
+    """Run a command on the server ``name``, with our terminal and streams; return its exit code, or that of ssh."""
+    has_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    ssh = shlex.split(os.environ.get(SSH_VARIABLE) or "ssh")
+    # A connection of its own, for the end of a shared one is not that of the job.
+    options = ["ConnectTimeout=10", "ServerAliveInterval=15", "LogLevel=ERROR", "ControlMaster=no", "ControlPath=none"]
+    options += [] if has_terminal else ["BatchMode=yes"]
+    words = [*ssh, "-t" if has_terminal else "-T", *(word for option in options for word in ("-o", option))]
+    try:
+        process = subprocess.Popen([*words, "--", name, far_command])  # noqa: S603 - it is the user's own
+    except OSError as error:
+        raise CommandError(ssh[0], error) from error
+    try:
+        is_ours = True
+        while is_ours and process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SIGN_S / 5)
+            with suppress(ResourceManagerError):  # if this lasts, the claim lapses, and what takes it over finds out
+                is_ours = claim.sign()
+        process.wait()
+    except KeyboardInterrupt:  # the end of the connection hangs the job up
+        process.terminate()
+        process.wait()
+        raise
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def run_taken(
+    manager: GPUResourceManagerV01,
+    claim: str,
+    asked: tuple[str, int, int],
+    words: list[str],
+    tool: str,
+    tell_start: Callable[[str], None],
+    tell: Callable[[str], None],
+    failure: ResourceManagerError | None = None,
+) -> tuple[int, Allocation]:
+    """Take ``claim`` over and run the command on this machine; a ``failure`` is raised once it is taken over."""
+
+    def held(keeper: Keeper) -> AbstractContextManager[Allocation]:
+        return manager.allocation(*asked, claim=claim, keeper=keeper)
+
+    if failure:
+        with manager.allocation(*asked, claim=claim):
+            raise failure
+    return run_held(held, asked[0], words, tool, tell_start, tell)
+
+
+def take(
+    manager: GPUResourceManagerV01, claim: str, job: Any, tool: str, tell: Callable[[str], None]
+) -> tuple[int, Allocation]:
+    """Be the other end of :func:`through_ssh`: run the job of :func:`unpacked` on this machine."""
+    import ctypes
+
+    # The session of sshd is our parent, for its shell was replaced by us; with it the connection is gone.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
+    if os.getppid() == 1:  # it was gone before that
+        os.kill(os.getpid(), signal.SIGHUP)
+    os.environ.setdefault(SERVER_VARIABLE, job["server"])
+    failure = None
+    try:
+        os.chdir(job["directory"])
+    except OSError as error:
+        failure = DirectoryError(job["server"], job["directory"], error)
+    return run_taken(manager, claim, tuple(job["asked"]), job["words"], tool, lambda text: None, tell, failure)
