@@ -454,6 +454,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --release TASK_ID                タスクのリソースを解放する
   --stop TASK_ID                   タスクのプロセスを終了させて解放する
   --reclaim                        この計算機で終了したタスクを回収する (定期実行用)
+  --take CLAIM JOB                 --any と --on が接続先で使う (手では使わない)
   --reset                          すべてのタスクの記録を消す (確認あり)
   --add-server NAME:GPUS:CPUS      サーバーを追加する
   --remove-server NAME             使われていないサーバーを外す

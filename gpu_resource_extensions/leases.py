@@ -287,12 +287,18 @@ class Leases:
         return record.get("boot") == boot_id() if "boot" in record else record.get("host") == host_name()
 
     def sweep(self, named: Iterable[Requester]) -> None:
-        """Delete free leases that none of these records names; called with the document locked."""
+        """Delete free leases that none of these records names; called with the document locked.
+
+        The document of a database may have changed since it was read, and name one that was made meanwhile: there
+        the young ones are left alone.
+        """
         unnamed = {*self._names()}
         for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
-            # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
-            with suppress(PermissionError):  # in a directory of everybody: its owner's next change does
-                self._free(name, fcntl.LOCK_EX, self.delete)
+            # In a directory of everybody, it may be another user's to delete, at the next change of theirs.
+            with suppress(PermissionError, FileNotFoundError):
+                if self.clock_s is None or time.time() - os.stat(self._path(name)).st_ctime > LAPSE_S:
+                    # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
+                    self._free(name, fcntl.LOCK_EX, self.delete)
 
     def put_back(self, state: State) -> dict[str, list[int]]:
         """Do as :func:`put_back` for all living jobs of this machine, the oldest first; ``{}`` if none lacks a GPU."""
