@@ -21,11 +21,11 @@ if TYPE_CHECKING:  # a refusal is to be quick too
 
 #: what the words behind them are, of commands and of other options
 SHAPES = {
-    "": ("help version init status detail reset", "export force detect yes json"),
+    "": ("help version init status detail reset reclaim", "any export force detect yes json"),
     "request": ("allocate run", ""),
     "task": ("release stop", ""),
     "description": ("add-server", "server"),
-    "server": ("remove-server", "prefer-server"),
+    "server": ("remove-server", "prefer-server on"),
     "gpus": ("disable enable", ""),
     "time": ("", "wait grace watch"),
     "number": ("", "min-gpus"),
@@ -221,7 +221,8 @@ def words_for(option: str, values: list[str], groups: Groups, pool: Mapping[str,
     shape, servers, options = OPTIONS[option], pool.get("servers", ()), [option for option, _ in groups]
     is_fixed = "--init" in options and pool.get("last_updated")  # for a pool that is there stays as it is
     if shape == "request":
-        return request(values, pool, "--run" in options or "--export" in options)
+        is_local = "--export" in options or ("--run" in options and not {"--any", "--on"} & {*options})
+        return request(values, pool, is_local)
     if shape in ("server", "gpus"):
         return [server(option, values, servers)]
     if shape == "description":
