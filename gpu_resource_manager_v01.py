@@ -1932,16 +1932,18 @@ class GPUResourceManagerV01:
         """Return a request of this process; what can never be granted is refused here, ahead of lock and lease."""
         check_name("task_id", task_id)
         request = new_request(task_id, gpus, cpus, prefer, **this_requester(command))
+        is_usual = type(gpus) is type(cpus) is int and MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER
+        is_usual = is_usual and 1 <= cpus <= self.CPUS_PER_SERVER
+        if is_usual and not local and prefer is None:
+            return request  # not worth another look at the pool
+        state = self._store.read()
         if local:
             from gpu_resource_extensions.hosts import server_of_host
 
-            server = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
+            server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             request["only_server_name"], request["local"] = server["server_name"], True
             request["boot"] = boot_id()
-        is_usual = type(gpus) is type(cpus) is int and MIN_GPUS_PER_TASK <= gpus <= self.GPUS_PER_SERVER
-        is_usual = is_usual and 1 <= cpus <= self.CPUS_PER_SERVER
-        if not is_usual or local or prefer is not None:  # else not worth another look at the pool
-            check_request(self._store.read(), request)
+        check_request(state, request)
         return request
 
     def _leases(self, state: State) -> Leases:

@@ -446,6 +446,7 @@ ENGLISH: dict[str, str] = {
     "注意: {0} との接続が切れましたが、タスク {1} の記録は残っています (--detail で確認できます)": (
         "Note: the connection to {0} is gone, but the record of task {1} is there (see --detail)"
     ),
+    "✗ {} で何が起きたか確認できません: {}": "✗ What has happened on {} cannot be found out: {}",
     "注意: {} では始められませんでした": "Note: it could not be started on {}",
     "--run --any が渡すものではありません: {!r}": "not what --run --any hands over: {!r}",
     "✓ 終了したタスクの回収完了: {tasks}": "✓ Reclaimed what has ended: {tasks}",

@@ -130,7 +130,7 @@ def run_anywhere(
     deadline_s = time.monotonic() + wait_s
     skipped: list[str] = []
     while True:
-        left_s = max(0, deadline_s - time.monotonic())
+        left_s, code = max(0, deadline_s - time.monotonic()), None
         try:
             with manager.claim(
                 task_id,
@@ -149,8 +149,11 @@ def run_anywhere(
                 line.end(say("✓ {} の GPU {} で実行します: {}", name, granted["gpu_devices"], task_id))
                 code = through_ssh(name, far_command(name, claim.lease.name), claim)
                 fate = claim.fate()
-        except InvalidRequestError as error:
-            if not skipped or isinstance(error, DuplicateTaskError):
+        except ResourceManagerError as error:
+            if code is not None:  # that of the job, for all we know
+                tell(say("✗ {} で何が起きたか確認できません: {}", name, error))
+                return code, granted
+            if not skipped or not isinstance(error, InvalidRequestError) or isinstance(error, DuplicateTaskError):
                 raise
             raise UnreachableError(skipped) from None
         if fate != "withdrawn":
@@ -221,6 +224,8 @@ def take(
     if os.getppid() == 1:  # it was gone before that
         os.kill(os.getpid(), signal.SIGHUP)
     os.environ.setdefault(SERVER_VARIABLE, job["server"])
+    if job["language"]:
+        os.environ[LANGUAGE_VARIABLE] = job["language"]
     failure = None
     try:
         os.chdir(job["directory"])
