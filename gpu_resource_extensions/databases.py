@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
+import socket
 import stat
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from gpu_resource_manager_v01 import (
     MAKE_POOL,
     InvalidRequestError,
     LockTimeoutError,
+    MissingPackageError,
     NoPoolError,
     State,
     StateFileError,
@@ -20,11 +26,16 @@ from gpu_resource_manager_v01 import (
     UnusableStateFileError,
     decode_state,
     encode_state,
+    log,
+    printable,
     say,
     timestamp,
 )
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Countdown")
+TICK_S, SPARE_S, PAUSE_S = 0.1, 1.0, 0.2  # of a countdown; for the server's own word; between two connections
+SILENT_S = 3.0  # after which people are told that there is no connection
 POLL_S = 1.0  # between two looks of a waiter: each is a connection
 #: where the leases of this machine lie: the first that is there, sticky, and open to everybody
 LEASE_DIRECTORIES = "/run/gpu-leases", "/run/lock", "/var/tmp"  # noqa: S108 - users cannot delete each other's files
@@ -42,6 +53,41 @@ _UNCONFIRMED = (
 )
 _NOTHING_THERE = "データベースにプールの文書がありません"
 
+# Of Redis: for InvalidRequestError, for StateFileError, and what to do by what an error is called and says.
+NO_REDIS_URL = "が Redis の URL として読めません", "redis://USER:PASSWORD@HOST:PORT/NUMBER の形で指定してください"
+UNSAFE_REDIS = "サーバーの設定では、行った変更が失われることがあります ({} が必要です)"
+SAFE_REDIS = "サーバーを {} と設定するか、失われてもよければ URL に ?unsafe=1 を付けてください"
+FEW_REPLICAS = "{} 台の複製 (replica) による確認がありません"
+REDIS_TLS = "CERTIFICATE|WRONG_VERSION|ALERT"
+REDIS_REMEDIES = {
+    REDIS_TLS: "URL の redis:// か rediss:// か、証明書の指定 (ssl_ca_certs など) を確認してください",
+    "Authentication|Authorization|NoPermission|NOPERM": "URL のユーザー名とパスワード、サーバーの ACL を確認してください",
+    "ReadOnly|READONLY": "複製 (replica) ではなく、プライマリの URL を指定してください",
+    "OutOfMemory|OOM|MISCONF": "サーバーのメモリーの上限 (maxmemory)、ディスクの空き、ログを確認してください",
+    "NOREPLICAS|replica": "複製 (replica) が動いているか、サーバーの min-replicas-to-write が正しいか確認してください",
+    "Moved|Ask|ClusterDown|CrossSlot": "Redis Cluster には対応していません。単独のサーバーの URL を指定してください",
+    "": "Redis が動いているか、URL が正しいか確認してください",
+}
+SILENT = "サーバーの応答がありません"
+_RETRYING = "データベースに接続できません。再試行しています: {}"
+
+NO_POSTGRESQL_URL = "が PostgreSQL の URL として読めません", "postgresql://USER@HOST/DATABASE の形で指定してください"
+POSTGRESQL_REMEDIES = {  # the server that refuses a connection has no code for us, only a text
+    "authentication|password|pg_hba|role ": (
+        "URL のユーザー名、パスワード (~/.pgpass など)、サーバーの pg_hba.conf を確認してください"
+    ),
+    "database .* does not exist": "URL のデータベース名を確認し、まだなければ createdb で作ってください",
+    "support SSL|certificate": "URL の sslmode と sslrootcert、サーバーの TLS の設定を確認してください",
+    "InsufficientPrivilege": "テーブルを読み書きする権限 (--init には CREATE も) を、管理者に頼んでください",
+    "DiskFull": "データベースのサーバーのディスクの空き容量を増やしてから再実行してください",
+    "Untranslatable": "ENCODING 'UTF8' のデータベースを使ってください",
+    "ReadOnly|read-only": (
+        "書き込めるサーバー (primary) を URL に加え、target_session_attrs=read-write を指定してください"
+    ),
+    "TooMany|too many|slots": "サーバーの max_connections を増やすか、しばらくしてから再実行してください",
+    "": "データベースのサーバーが動いているか、URL のホスト名とポート番号が正しいか確認してください",
+}
+
 
 class DatabaseBusyError(LockTimeoutError):
     """Locking: other changes took longer than the ``timeout_s`` that we were told to wait."""
@@ -53,6 +99,79 @@ class DatabaseBusyError(LockTimeoutError):
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self.timeout_s = path, timeout_s
+
+
+class DriverNeededError(MissingPackageError):
+    """Asking: the package that speaks to the database is missing or too old; nothing was touched."""
+
+    template = (
+        "データベースに必要なパッケージを読み込めません: {reason}\n"
+        '  対処: この Python ({python}) に pip install "{package}" でインストールしてください'
+    )
+
+    def __init__(self, package: str, error: ImportError) -> None:
+        super().__init__(error)
+        self.package = package
+
+
+class Countdown:
+    """The time that a verb has while the block runs; none of it passes while this process is stopped.
+
+    A thread counts it, and then shuts down the connection to a server that says nothing at all: to cancel what waits
+    there could leave a change made where a standby should have confirmed it.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.left_s, self._spent_s, self._has_told = limit_s, 0.0, False
+        self._done = threading.Event()
+        self._line: socket.socket | None = None
+
+    def __enter__(self: C) -> C:
+        try:
+            threading.Thread(target=self._count, daemon=True).start()
+        except RuntimeError as error:  # too many
+            raise OSError(errno.EAGAIN, str(error)) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether connections are shut down by now."""
+        return self.left_s < -SPARE_S
+
+    @contextmanager
+    def watching(self, descriptor: int) -> Iterator[None]:
+        """Shut down the connection with this descriptor should the time be over before the block is left."""
+        with socket.socket(fileno=os.dup(descriptor)) as self._line:
+            yield
+
+    def pause(self, error: Exception) -> bool:
+        """Wait a moment ahead of another connection, for one was lost; ``False`` if the time is over."""
+        if self.left_s <= 0:
+            return False
+        if self._spent_s > SILENT_S and not self._has_told:
+            log().warning(say(_RETRYING, reason(error)))
+            self._has_told = True
+        time.sleep(PAUSE_S)
+        return True
+
+    def _count(self) -> None:
+        while not self._done.wait(TICK_S):
+            self.left_s, self._spent_s = self.left_s - TICK_S, self._spent_s + TICK_S
+            if self.is_cut and self._line:
+                with suppress(OSError):  # it has just been closed
+                    self._line.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def needed(package: str) -> Iterator[None]:
+    """Import in this block what ``pip`` knows as ``package``."""
+    try:
+        yield
+    except ImportError as error:
+        raise DriverNeededError(package, error) from error
 
 
 def open_database(place: str, lock_timeout_s: float) -> Store:
@@ -74,7 +193,7 @@ def shown(place: str) -> str:
     scheme, _, rest = place.partition("://")
     address, _, parameters = rest.partition("?")
     user, at, host = address.rpartition("@")
-    if not at and "@" in parameters:  # a password with a question mark in it
+    if "@" in parameters:  # a password with a question mark in it
         host = "…"
     return f"{scheme}://{user.partition(':')[0]}{at}{host}"
 
@@ -87,12 +206,17 @@ def lease_directory() -> str:
     return LEASE_DIRECTORIES[-1]
 
 
+def no_pool(path: str) -> NoPoolError:
+    """Return the error of a pool that is not there."""
+    return NoPoolError(path, say(_NOTHING_THERE), say(MAKE_POOL))
+
+
 def decoded(path: str, document: str | None) -> State:
     """Return the checked ``document`` of the pool at ``path``; ``None`` is a pool that is not there."""
     if document is None:
-        raise NoPoolError(path, say(_NOTHING_THERE), say(MAKE_POOL))
+        raise no_pool(path)
     try:
-        return decode_state(document.encode("utf-8"))
+        return decode_state(document.encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise UnusableStateFileError(path, str(error)) from error
 
@@ -135,6 +259,39 @@ def changed(
         raise StateFileError(path, say(_UNWRITABLE[0], error), say(_UNWRITABLE[1])) from error
 
 
-def unconfirmed(path: str, reason: object) -> StateFileError:
+def changed_or_anew(
+    path: str,
+    document: str | None,
+    clock_s: int,
+    change: Callable[[State], T],
+    instead_of_unusable: State | None,
+) -> tuple[T, str | None, bool]:
+    """Return the same, and whether the old document was of no use and is to be kept aside."""
+    try:
+        return *changed(path, document, clock_s, change, None), False
+    except UnusableStateFileError:
+        if instead_of_unusable is None:
+            raise
+    return *changed(path, document, clock_s, change, instead_of_unusable), document is not None
+
+
+def warn_of_aside(place: str) -> None:
+    """Say where an unusable document was kept aside."""
+    log().warning(say("使えない状態ファイルを %s に保存し、作り直しました"), place)
+
+
+def reason(error: object) -> str:
+    """Return the text of an error such that it does no harm to a screen."""
+    return printable(" ".join(str(error).split()))
+
+
+def failed(path: str, error: Exception, remedies: dict[str, str]) -> StateFileError:
+    """Return our error for one of a driver; its class and text, on one line, choose the remedy."""
+    text = reason(error)
+    remedy = next(remedy for kind, remedy in remedies.items() if re.search(kind, f"{type(error).__name__} {text}"))
+    return StateFileError(path, text, say(remedy))
+
+
+def unconfirmed(path: str, error: object) -> StateFileError:
     """Return the error of a change of which we cannot know whether it was made."""
-    return StateFileError(path, say(_UNCONFIRMED[0], reason), say(_UNCONFIRMED[1]))
+    return StateFileError(path, say(_UNCONFIRMED[0], reason(error)), say(_UNCONFIRMED[1]))
