@@ -317,11 +317,6 @@ def cmd_take(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer
     return (code, {**granted, "exit_code": code}, lambda _: "")
 
 
-def cmd_reclaim(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    ended = manager.reclaim_ended()
-    return done("✓ 終了したタスクの回収完了: {tasks}", tasks=", ".join(ended) or say("なし"), ended_tasks=ended)
-
-
 def done(template: str, **result: Any) -> Answer:
     return (EXIT_OK, result, lambda facts: say(template, **facts))
 
@@ -371,7 +366,7 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
 
 
 def command_of(option: str) -> Callable[..., Answer]:
-    """Return what carries out a command: a function above, or one of those that change the servers."""
+    """Return what carries out a command: a function above, or one of those that two files can do without."""
     name = "cmd_" + name_of(option)
     if name in globals():
         found: Callable[..., Answer] = globals()[name]
@@ -427,15 +422,6 @@ def server_description(text: str) -> ServerDescription:
 def task_request(values: Sequence[str]) -> tuple[str, int, int]:
     task_id, gpus, cpus = values
     return task_id, integer(gpus), integer(cpus)
-
-
-def claimed_job(values: Sequence[str]) -> tuple[str, Any]:
-    from gpu_resource_extensions.remote_run import unpacked
-
-    try:
-        return values[0], unpacked(values[1])
-    except ValueError:
-        raise wrong_value("--run --any が渡すものではありません: {!r}", values[1][:40]) from None
 
 
 #: a text of its own, for argparse would take a fifth of a start to make one
@@ -524,7 +510,7 @@ def name_of(option: str) -> str:
 WITH_VALUE: dict[str, Callable[[Any], Any]] = {
     "--allocate": task_request,
     "--run": task_request,
-    "--take": claimed_job,
+    "--take": list,
     "--release": str,
     "--stop": str,
     "--add-server": server_description,

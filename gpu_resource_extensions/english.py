@@ -448,8 +448,9 @@ ENGLISH: dict[str, str] = {
     ),
     "✗ {} で何が起きたか確認できません: {}": "✗ What has happened on {} cannot be found out: {}",
     "注意: {} では始められませんでした": "Note: it could not be started on {}",
-    "--run --any が渡すものではありません: {!r}": "not what --run --any hands over: {!r}",
-    "✓ 終了したタスクの回収完了: {tasks}": "✓ Reclaimed what has ended: {tasks}",
+    "は --any や --on が渡すものではありません": "is not what --any or --on hands over",
+    "--run … --any か --run … --on NAME を使ってください": "use --run … --any or --run … --on NAME",
+    "✓ 終了したタスクの回収完了: {}": "✓ Reclaimed what has ended: {}",
     # Databases
     "ロック取得タイムアウト\n  {path} の変更を {timeout_s:g} 秒待ちましたが、別のプロセスが使用中です\n"
     "  対処: しばらくして再実行してください": (

@@ -51,6 +51,7 @@ _ONE_MACHINE = (
     "のプールは 1 台のもので、他のサーバーでは実行できません",
     "/etc/gpu-resource-file に postgresql:// か redis:// の場所を書くか、--any と --on を外してください",
 )
+_NO_JOB = "は --any や --on が渡すものではありません", "--run … --any か --run … --on NAME を使ってください"
 _TOO_LONG = (
     "が長すぎます (ssh で渡せるのは {most} バイトまで、これは {bytes} バイト)",
     "引数をファイルに書き、コマンドからそれを読んでください",
@@ -87,11 +88,12 @@ def packed(job: dict[str, Any]) -> str:
 
 
 def unpacked(word: str) -> Any:
-    """Return the job of such a word; :raises ValueError: it is none."""
-    job = json.loads(base64.b64decode(word, altchars=b"-_", validate=True))
-    if not isinstance(job, dict) or {*job} != {"asked", "server", "directory", "words", "language"}:
-        raise ValueError(word)
-    return job
+    """Return the job of such a word; :raises InvalidRequestError: it is none."""
+    with suppress(ValueError):
+        job = json.loads(base64.b64decode(word, altchars=b"-_", validate=True))
+        if isinstance(job, dict) and {*job} == {"asked", "server", "directory", "words", "language"}:
+            return job
+    raise InvalidRequestError("--take", word[:40], *_NO_JOB)
 
 
 def run_anywhere(
@@ -214,10 +216,12 @@ def run_taken(
 
 
 def take(
-    manager: GPUResourceManagerV01, claim: str, job: Any, tool: str, tell: Callable[[str], None]
+    manager: GPUResourceManagerV01, claim: str, word: str, tool: str, tell: Callable[[str], None]
 ) -> tuple[int, Allocation]:
-    """Be the other end of :func:`through_ssh`: run the job of :func:`unpacked` on this machine."""
+    """Be the other end of :func:`through_ssh`: run the job that ``word`` carries on this machine."""
     import ctypes
+
+    job = unpacked(word)
 
     # The session of sshd is our parent, for its shell was replaced by us; with it the connection is gone.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Commands of the command line that change the servers of a pool, and the question ahead of a reset."""
+"""Commands of the command line that change the servers of a pool or act for them, and the question ahead of a reset."""
 
 from __future__ import annotations
 
@@ -82,3 +82,13 @@ def cmd_enable(manager: GPUResourceManagerV01, args: Any) -> Answer:
     result = {"server_name": name, "disabled": manager.enable(name, gpus)}
     lines = [say("✓ 使用を再開しました: {}", args.enable), *render_disabled([result])]
     return (0, result, lambda _: "\n".join(lines))
+
+
+def cmd_reclaim(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    ended = manager.reclaim_ended()
+    result = {"ended_tasks": ended}
+    return (
+        0,
+        result,
+        lambda facts: say("✓ 終了したタスクの回収完了: {}", ", ".join(facts["ended_tasks"]) or say("なし")),
+    )
