@@ -238,3 +238,19 @@ def test_every_command_works_as_on_a_file(place: str, store: Store) -> None:
             assert (shown(place) if "://" in place else place) in ran.out
     assert cli("--init", "--server", "other:4:8").code == 1
     assert [server["server_name"] for server in store.read()["servers"]] == ["here", "there"]
+
+
+def test_pool_in_a_file_imports_nothing_for_several_machines(tmp_path: Path) -> None:
+    pool = tmp_path / "resource_status.json"
+    script = """
+import sys
+import cli_v01
+for words in (["--init", "--server", "here:4:8"], ["--allocate", "a", "2", "2"], ["--status"], ["--release", "a"],
+              ["--allocate", "b", "2", "2", "--wait", "0"], ["--run", "c", "2", "2", "--", "true"], ["--reclaim"]):
+    assert cli_v01.main(words) == 0, words
+print(sorted(name for name in sys.modules if name.split(".")[-1] in
+    ("databases", "postgresql_store", "redis_store", "remote_run", "psycopg", "redis", "subprocess")), file=sys.stderr)
+"""
+    env = {"GPU_RESOURCE_FILE": str(pool), "GPU_RESOURCE_SERVER": "here", "PYTHONPATH": str(CLI.parent)}
+    ran = finish(start("-c", script, env=env))
+    assert (ran.code, ran.err.splitlines()[-1]) == (0, "[]")
