@@ -4,7 +4,8 @@ Each host is a set of namespaces with a real sshd in it: it has a name, an addre
 start, ``/etc``, ``/run``, ``/dev/shm``, ``/var/log``, ``/var/tmp``, a boot id and a machine id of its own. All the
 rest is the file system of this machine, the same on every host, as a lab has its home directories by NFS: above all
 ``lab.directory``. The network of a lab ends at this machine, which it reaches, and is reached by, at ``lab.gateway``.
-Nothing is left on this machine, even if the tests are killed: a host lives no longer than a pipe that they hold.
+Nothing is left on this machine, and only files if the tests are killed: a host lives no longer than a pipe that they
+hold.
 
     with lab_of_hosts("node1", "node2") as lab:
         node1, node2 = lab.hosts["node1"], lab.hosts["node2"]
@@ -68,7 +69,7 @@ PROGRAMS = ["ip", "unshare", "nsenter", "setpriv", "setsid", "mount", "sshd", "s
 PROGRAMS += ["bash", "dash", "fish", "tcsh"]
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 USER_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/games"  # what Debian's sshd gives to a user
-SECRETS = ("shadow", "gshadow", "sudoers", "ssh_host_", "krb5.keytab")  # of the real /etc, not to be copied
+SECRETS = ("shadow", "gshadow", "sudoers", "private", "ssh_host_", "krb5.keytab")  # of the real /etc, not to be copied
 #: for tests of networks (RFC 2544), so that nothing real has an address there; a lab takes 16 of them
 ADDRESSES = ipaddress.IPv4Network("198.18.0.0/15")
 UNLOCK_TERMINAL, OPEN_TERMINAL = 0x40045431, 0x5441  # TIOCSPTLCK, TIOCGPTPEER of <asm-generic/ioctls.h>
@@ -111,7 +112,7 @@ StrictModes no
 AuthorizedKeysFile %h/.ssh/authorized_keys
 AcceptEnv LANG LC_*
 MaxStartups 100
-# A client that has gone silent is noticed after eight of these seconds.
+# A client that has gone silent is noticed after four or, by older releases, eight of these seconds.
 ClientAliveInterval 1
 """
 
@@ -192,7 +193,9 @@ class Lab:
         self.directory.chmod(0o755)
         machines, bin_, homes = (self.directory / name for name in ("machines", "bin", "homes"))
         machines.mkdir(0o700)
-        bin_.mkdir()
+        for path in (bin_, homes):
+            path.mkdir()
+            path.chmod(0o755)
         for real in os.listdir("/usr/local/bin"):  # the interpreter may be there
             (bin_ / real).symlink_to(f"/run/real-local-bin/{real}")
         command = bin_ / "gpu-resource"
@@ -211,6 +214,7 @@ class Lab:
         known = (machines / "host_key.pub").read_text()
         entries = [f"{name},{address} {known}" for name, address in self.addresses.items()]
         (self.directory / "known_hosts").write_text("".join(entries))
+        (self.directory / "known_hosts").chmod(0o644)
         (self.directory / "sshd_config").write_text(SSHD_CONFIG.format(directory=self.directory))
         here = [f"Host {name}\n    HostName {address}\n" for name, address in self.addresses.items()]
         here += [SSH_CONFIG.format(directory=self.directory), f"    IdentityFile {homes}/root/.ssh/id_ed25519\n"]
@@ -320,6 +324,7 @@ class Host:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                umask=0o022,
                 start_new_session=True,  # a Ctrl-C in the terminal of the tests is for the tests
             )
         assert self._init.stdin is not None
@@ -348,10 +353,6 @@ class Host:
             if self._init.poll() is None:
                 os.kill(self.pid, signal.SIGKILL)
             for process in self._started:
-                for pipe in (process.stdin, process.stdout, process.stderr):
-                    if pipe is not None:
-                        with contextlib.suppress(BrokenPipeError):
-                            pipe.close()
                 process.wait()
             with self._init:  # the kernel reports the first process as ended only after all others
                 pass
@@ -400,6 +401,7 @@ class Host:
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
+            umask=0o022,
         )
         self._started.append(process)
         return process
@@ -426,6 +428,8 @@ class Host:
     def processes(self) -> dict[int, list[str]]:
         """Return the words of each process that lives here, by its number on this machine, where it can be killed."""
         found: dict[int, list[str]] = {}
+        if not self.pid:
+            return found
         here = os.readlink(f"/proc/{self.pid}/ns/pid")
         for pid in filter(str.isdigit, os.listdir("/proc")):
             # It may end while we look, and not all that runs on this machine is ours to look at.
@@ -440,12 +444,18 @@ class Host:
     def sshd_sessions(self) -> list[int]:
         """Return the processes of sshd, but for the one that listens: two for each connection, the root's first."""
         titles = {pid: words[0] for pid, words in self.processes().items()}
-        sessions = [pid for pid, title in titles.items() if title.startswith(("sshd: ", "sshd-session: "))]
+        sessions = [
+            pid for pid, title in titles.items() if title.startswith(("sshd: ", "sshd-session: ", "sshd-auth: "))
+        ]
         return sorted(pid for pid in sessions if "[listener]" not in titles[pid])
 
 
 class Terminal:
-    """The terminal of a command on a host."""
+    """The terminal of a command on a host, 80 by 24.
+
+    Type a Ctrl-C only once the process that is to get it has shown itself: a shell that is just starting one may
+    swallow it.
+    """
 
     def __init__(self, descriptor: int, process: Process) -> None:
         self.process, self.seen = process, b""  # all that the command has printed
@@ -459,16 +469,21 @@ class Terminal:
         """Return what comes up to ``text``, with it, after what was read before."""
         end = time.monotonic() + LIMIT_S
         while (found := self.seen.find(text, self._read)) < 0:
-            assert self._more(end), f"{text!r} is not in {self.seen[self._read :]!r}"
+            assert self._more(end - time.monotonic()), f"{text!r} is not in {self.seen[self._read :]!r}"
         start, self._read = self._read, found + len(text)
         return self.seen[start : self._read]
 
     def end(self) -> int:
         """Wait for the end of the command, and return its code, or minus its signal."""
         end = time.monotonic() + LIMIT_S
-        while self._more(end):
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it goes on after {self.seen!r}"
+            if not self._more(0.05):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(0.05)
+        while self._more(0):
             pass
-        return self.process.wait(max(0, end - time.monotonic()))
+        return self.process.returncode
 
     def hang_up(self) -> None:
         """Close the terminal, as when its window is closed."""
@@ -476,15 +491,15 @@ class Terminal:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _more(self, end: float) -> bool:
-        """Read on; tell whether there was something, and not the end of the terminal or of our patience."""
-        while self._descriptor >= 0 and select([self._descriptor], [], [], max(0, end - time.monotonic()))[0]:
-            try:
-                self.seen += os.read(self._descriptor, 65536)
-            except OSError:  # no process has it open any more
-                return False
-            return True
-        return False
+    def _more(self, seconds: float) -> bool:
+        """Read on; tell whether something came in that time."""
+        if self._descriptor < 0 or not select([self._descriptor], [], [], max(0, seconds))[0]:
+            return False
+        try:
+            self.seen += os.read(self._descriptor, 65536)
+        except OSError:  # no process has the terminal any more
+            return False
+        return True
 
 
 @contextlib.contextmanager
@@ -554,9 +569,9 @@ def _free_network() -> ipaddress.IPv4Network:
 
 def _not_copied(directory: str, names: list[str]) -> list[str]:
     """Return what a host does not get of the real ``/etc``: secrets, and what is no file."""
-    modes = {name: os.lstat(os.path.join(directory, name)).st_mode for name in names}
-    plain = (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)
-    return [name for name in names if name.startswith(SECRETS) or not any(kind(modes[name]) for kind in plain)]
+    kinds = (os.path.islink, os.path.isfile, os.path.isdir)
+    files = {name for name in names if any(kind(os.path.join(directory, name)) for kind in kinds)}
+    return [name for name in names if name not in files or name.startswith(SECRETS)]
 
 
 def _covers(machine: Path, directory: Path) -> list[str]:
