@@ -411,20 +411,20 @@ def test_random_kills_leave_nothing_behind_and_share_no_gpu(login: Host, node1: 
     marks = lab.directory / "marks"
     marks.mkdir(exist_ok=True)
     marks.chmod(0o1777)
-    # Each GPU of a host is a directory while a job that lives has it: made by one at a time, or somebody shares it.
+    # Each GPU of a host is a file that a job locks while it lives, with all its processes.
     script = (
         f'h=$(hostname); for g in $(echo $CUDA_VISIBLE_DEVICES | tr , " "); do d={marks}/$h-$g; '
         f"exec 7>>$d; flock -n 7 || echo $d >>{marks}/shared; "
-        'eval "exec 1$g>&7"; done; sleep 0.$1'
+        f'eval "exec 1$g>&7"; done; echo >>{marks}/ran; sleep $1'
     )
     running: list[Process] = []
-    for number in range(40):
+    for number in range(60):
         how = ["--any"] if number % 3 else ["--on", chance.choice(["node1", "node2"])]
         words = ["gpu-resource", "--run", f"job-{number}", "2", "1", *how, "--wait", "60", "--"]
-        running.append(login.start([*words, "bash", "-c", script, "bash", str(chance.randrange(1, 9))]))
+        running.append(login.start([*words, "bash", "-c", script, "bash", str(chance.uniform(0.5, 2))]))
         time.sleep(chance.random() / 5)
         victims = [pid for host in (login, node1, node2) for pid, found in host.processes().items() if is_ours(found)]
-        if victims:
+        if victims and number % 2:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
     for process in running:
@@ -438,3 +438,4 @@ def test_random_kills_leave_nothing_behind_and_share_no_gpu(login: Host, node1: 
 
     becomes(all_free)
     assert not (marks / "shared").exists(), (marks / "shared").read_text()
+    assert (marks / "ran").read_text().count("\n") > 20
