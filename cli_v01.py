@@ -696,7 +696,8 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
             described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
             create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
-            manager = library.GPUResourceManagerV01(create=create, **described)
+            limit_s = 10 if create is False else library.DEFAULT_LOCK_TIMEOUT_S  # for a look nobody waits a minute
+            manager = library.GPUResourceManagerV01(lock_timeout_s=limit_s, create=create, **described)
             return output.done(command_of(args.command)(manager, args))
         except library.MissingPackageError:
             raise

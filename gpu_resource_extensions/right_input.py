@@ -65,7 +65,7 @@ def right_line(
         from gpu_resource_manager_v01 import GPUResourceManagerV01, ResourceManagerError
 
         try:
-            return GPUResourceManagerV01(create=False).get_overview()
+            return GPUResourceManagerV01(lock_timeout_s=1, create=False).get_overview()
         except ResourceManagerError:
             return None
 
