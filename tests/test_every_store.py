@@ -249,7 +249,7 @@ for words in (["--init", "--server", "here:4:8"], ["--allocate", "a", "2", "2"],
               ["--allocate", "b", "2", "2", "--wait", "0"], ["--run", "c", "2", "2", "--", "true"], ["--reclaim"]):
     assert cli_v01.main(words) == 0, words
 print(sorted(name for name in sys.modules if name.split(".")[-1] in
-    ("databases", "postgresql_store", "redis_store", "remote_run", "psycopg", "redis", "subprocess")), file=sys.stderr)
+    ("databases", "postgresql_store", "redis_store", "remote_run", "psycopg", "redis")), file=sys.stderr)
 """
     env = {"GPU_RESOURCE_FILE": str(pool), "GPU_RESOURCE_SERVER": "here", "PYTHONPATH": str(CLI.parent)}
     ran = finish(start("-c", script, env=env))
