@@ -447,6 +447,9 @@ ENGLISH: dict[str, str] = {
         "Note: the connection to {0} is gone, but the record of task {1} is there (see --detail)"
     ),
     "✗ {} で何が起きたか確認できません: {}": "✗ What has happened on {} cannot be found out: {}",
+    "注意: {} でタスク {} が始まったか確認できません。割り当ては失効しました": (
+        "Note: whether task {1} was started on {0} cannot be found out: its claim has lapsed"
+    ),
     "注意: {} では始められませんでした": "Note: it could not be started on {}",
     "は --any や --on が渡すものではありません": "is not what --any or --on hands over",
     "--run … --any か --run … --on NAME を使ってください": "use --run … --any or --run … --on NAME",

@@ -162,6 +162,8 @@ def run_anywhere(
             if fate == "running" and code in (255, 128 + signal.SIGKILL):
                 text = "注意: {0} との接続が切れましたが、タスク {1} の記録は残っています (--detail で確認できます)"
                 tell(say(text, name, task_id))
+            if fate == "unknown":
+                tell(say("注意: {} でタスク {} が始まったか確認できません。割り当ては失効しました", name, task_id))
             return code, granted
         tell(say("注意: {} では始められませんでした", name))
         skipped.append(name)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from gpu_resource_extensions.hosts import check_one_machine, server_of_host
-from gpu_resource_extensions.leases import SIGN_S, Lease, Leases, now_s
+from gpu_resource_extensions.leases import LAPSE_S, SIGN_S, Lease, Leases, now_s
 from gpu_resource_manager_v01 import (
     SERVER_VARIABLE,
     WAIT_RECHECK_S,
@@ -128,7 +128,7 @@ class BoundRequest:
         self.request, self._store, self._leases_of, self._look, self._change = request, store, leases, look, change
         state = store.read()
         self._leases, self._is_shared = leases(state), "clock" in state
-        self._signed_s = now_s()
+        self._signed_s, self._may_have_lapsed = now_s(), True
 
     def __enter__(self) -> BoundRequest:
         if not os.path.isdir(self._leases.directory):
@@ -206,7 +206,10 @@ class BoundRequest:
         else:
             with failures_reported(self._store.path):
                 self.lease.sign()
-        self._signed_s = now_s()
+        if is_there:
+            self._signed_s = now_s()
+        else:  # in time, it has not lapsed: somebody has it
+            self._may_have_lapsed = now_s() - self._signed_s > LAPSE_S
         return is_there
 
     def take_up(self, keeper: int) -> None:
@@ -232,12 +235,17 @@ class BoundRequest:
         self._change(lambda state: unbind(state, self.request))
 
     def fate(self) -> str:
-        """Withdraw the claim if nobody has taken it over; return "withdrawn", "running" or "gone"."""
+        """Withdraw the claim if nobody has taken it over; return what has become of it.
+
+        That is "withdrawn", "running", "ended", or "unknown" if it has lapsed or has ended.
+        """
 
         def withdrawn(state: State) -> str:
             if reclaim(state, lambda record: record.get("lease") == self.lease.name and "seen" in record):
                 return "withdrawn"
-            return "running" if any(record.get("claim") == self.lease.name for record in records(state)) else "gone"
+            if any(record.get("claim") == self.lease.name for record in records(state)):
+                return "running"
+            return "unknown" if self._may_have_lapsed and now_s() - self._signed_s > LAPSE_S else "ended"
 
         found: str = self._change(withdrawn)
         return found

@@ -64,7 +64,7 @@ def manager(place: str) -> GPUResourceManagerV01:
 
 
 def cli(*words: str) -> Result:
-    return finish(start(CLI, *words))
+    return finish(start(str(CLI), *words))
 
 
 def held(state: State) -> list[str]:
@@ -81,7 +81,7 @@ def becomes(what: Callable[[], object]) -> None:
 
 def job(task_id: str, script: str, *options: str) -> subprocess.Popen[bytes]:
     """Start a job of two GPUs that says when it runs, and return once it has."""
-    process = start(CLI, "--run", task_id, "2", "2", *options, "--", "sh", "-c", f"echo ready; {script}")
+    process = start(str(CLI), "--run", task_id, "2", "2", *options, "--", "sh", "-c", f"echo ready; {script}")
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     return process
 
@@ -174,7 +174,7 @@ def test_document_that_has_lost_a_living_job_gets_it_back(place: str, store: Sto
 def test_waiter_is_served_when_there_is_room_and_leaves_the_line_on_ctrl_c(place: str, store: Store) -> None:
     for name in ("here", "there"):
         assert cli("--allocate", name, "4", "8", "--prefer-server", name).code == 0
-    waiters = [start(CLI, "--allocate", f"waiter-{number}", "4", "8", "--wait") for number in range(2)]
+    waiters = [start(str(CLI), "--allocate", f"waiter-{number}", "4", "8", "--wait") for number in range(2)]
     becomes(lambda: len(held(store.read())) == 4)
     waiters[1].send_signal(signal.SIGINT)
     assert finish(waiters[1]).code == 130
@@ -196,7 +196,7 @@ def test_waiter_that_is_killed_leaves_the_line_and_one_that_stands_still_too(
 
     still = children.start(stand_still)
     os.waitpid(still, os.WUNTRACED)
-    killed = start(CLI, "--allocate", "killed", "4", "8", "--wait")
+    killed = start(str(CLI), "--allocate", "killed", "4", "8", "--wait")
     becomes(lambda: held(store.read()) == ["here", "killed", "still", "there"])
     killed.kill()
     killed.wait()
