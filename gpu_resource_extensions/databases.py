@@ -53,32 +53,39 @@ _UNCONFIRMED = (
 )
 _NOTHING_THERE = "データベースにプールの文書がありません"
 
-# Of Redis: for InvalidRequestError, for StateFileError, and what to do by what an error is called and says.
 NO_REDIS_URL = "が Redis の URL として読めません", "redis://USER:PASSWORD@HOST:PORT/NUMBER の形で指定してください"
-UNSAFE_REDIS = "サーバーの設定では、行った変更が失われることがあります ({} が必要です)"
-SAFE_REDIS = "サーバーを {} と設定するか、失われてもよければ URL に ?unsafe=1 を付けてください"
+UNSAFE_REDIS = "サーバーの設定では、行った変更が失われることがあります ({})"
 FEW_REPLICAS = "{} 台の複製 (replica) による確認がありません"
-REDIS_TLS = "CERTIFICATE|WRONG_VERSION|ALERT"
-REDIS_REMEDIES = {
+REDIS_TLS = "CERTIFICATE|WRONG_VERSION|alert"
+_REDIS_REMEDIES = {
     REDIS_TLS: "URL の redis:// か rediss:// か、証明書の指定 (ssl_ca_certs など) を確認してください",
-    "Authentication|Authorization|NoPermission|NOPERM": "URL のユーザー名とパスワード、サーバーの ACL を確認してください",
+    "DataError": (
+        "appendonly yes、appendfsync always、no-appendfsync-on-rewrite no、maxmemory-policy noeviction と設定し、"
+        "CONFIG GET を許可してください。失われてもよければ URL に ?unsafe=1 を付けてください"
+    ),
+    "Authentication|Authorization|NoPerm|NOPERM": "URL のユーザー名とパスワード、サーバーの ACL を確認してください",
     "ReadOnly|READONLY": "複製 (replica) ではなく、プライマリの URL を指定してください",
     "OutOfMemory|OOM|MISCONF": "サーバーのメモリーの上限 (maxmemory)、ディスクの空き、ログを確認してください",
     "NOREPLICAS|replica": "複製 (replica) が動いているか、サーバーの min-replicas-to-write が正しいか確認してください",
     "Moved|Ask|ClusterDown|CrossSlot": "Redis Cluster には対応していません。単独のサーバーの URL を指定してください",
-    "": "Redis が動いているか、URL が正しいか確認してください",
+    "": "Redis が動いているか、URL (rediss:// なら TLS) が正しいか確認してください",
 }
 SILENT = "サーバーの応答がありません"
 _RETRYING = "データベースに接続できません。再試行しています: {}"
 
 NO_POSTGRESQL_URL = "が PostgreSQL の URL として読めません", "postgresql://USER@HOST/DATABASE の形で指定してください"
-POSTGRESQL_REMEDIES = {  # the server that refuses a connection has no code for us, only a text
-    "authentication|password|pg_hba|role ": (
+# A connection that is refused has no code for us, only a text; for these it is not tried again.
+POSTGRESQL_REFUSED = "authentication|password|pg_hba|(role|database) .* not |of service|support SSL|certificate"
+POSTGRESQL_REMEDIES = {
+    "authentication|password|pg_hba|role .* not ": (
         "URL のユーザー名、パスワード (~/.pgpass など)、サーバーの pg_hba.conf を確認してください"
     ),
-    "database .* does not exist": "URL のデータベース名を確認し、まだなければ createdb で作ってください",
+    "of service|service file": "URL の service の名前と、service ファイルを読む権限を確認してください",
+    "database .* not ": "URL のデータベース名を確認し、まだなければ createdb で作ってください",
     "support SSL|certificate": "URL の sslmode と sslrootcert、サーバーの TLS の設定を確認してください",
-    "InsufficientPrivilege": "テーブルを読み書きする権限 (--init には CREATE も) を、管理者に頼んでください",
+    "InsufficientPrivilege|permission denied": (
+        "テーブルを読み書きする権限 (--init には CREATE も) を、管理者に頼んでください"
+    ),
     "DiskFull": "データベースのサーバーのディスクの空き容量を増やしてから再実行してください",
     "Untranslatable": "ENCODING 'UTF8' のデータベースを使ってください",
     "ReadOnly|read-only": (
@@ -195,7 +202,8 @@ def shown(place: str) -> str:
     user, at, host = address.rpartition("@")
     if "@" in parameters:  # a password with a question mark in it
         host = "…"
-    return f"{scheme}://{user.partition(':')[0]}{at}{host}"
+    name = user.partition(":")[0]
+    return f"{scheme}://{name}{at if name else ''}{host}"
 
 
 def lease_directory() -> str:
@@ -281,8 +289,11 @@ def warn_of_aside(place: str) -> None:
 
 
 def reason(error: object) -> str:
-    """Return the text of an error such that it does no harm to a screen."""
-    return printable(" ".join(str(error).split()))
+    """Return the text of an error such that it does no harm to a screen.
+
+    What Redis does not understand it repeats, and that may be a password.
+    """
+    return printable(" ".join(str(error).split()).partition(", with args")[0])
 
 
 def failed(path: str, error: Exception, remedies: dict[str, str]) -> StateFileError:
@@ -290,6 +301,11 @@ def failed(path: str, error: Exception, remedies: dict[str, str]) -> StateFileEr
     text = reason(error)
     remedy = next(remedy for kind, remedy in remedies.items() if re.search(kind, f"{type(error).__name__} {text}"))
     return StateFileError(path, text, say(remedy))
+
+
+def redis_failed(path: str, error: Exception) -> StateFileError:
+    """Return our error for one of redis-py."""
+    return failed(path, error, _REDIS_REMEDIES)
 
 
 def unconfirmed(path: str, error: object) -> StateFileError:

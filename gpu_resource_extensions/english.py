@@ -470,6 +470,77 @@ ENGLISH: dict[str, str] = {
         "check the database, and see with --detail how things stand"
     ),
     "データベースにプールの文書がありません": "the database holds no document of a pool",
+    "データベースに必要なパッケージを読み込めません: {reason}\n"
+    '  対処: この Python ({python}) に pip install "{package}" でインストールしてください': (
+        "The package for this database cannot be loaded: {reason}\n"
+        '  What to do: into this Python ({python}), use pip install "{package}"'
+    ),
+    "サーバーの応答がありません": "the server does not answer",
+    "データベースに接続できません。再試行しています: {}": "No connection to the database, trying again: {}",
+    "が Redis の URL として読めません": "cannot be read as a Redis URL",
+    "redis://USER:PASSWORD@HOST:PORT/NUMBER の形で指定してください": (
+        "give it as redis://USER:PASSWORD@HOST:PORT/NUMBER"
+    ),
+    "サーバーの設定では、行った変更が失われることがあります ({})": (
+        "as the server is set, changes that were made can be lost ({})"
+    ),
+    (
+        "appendonly yes、appendfsync always、no-appendfsync-on-rewrite no、maxmemory-policy noeviction と設定し、"
+        "CONFIG GET を許可してください。失われてもよければ URL に ?unsafe=1 を付けてください"
+    ): (
+        "set appendonly yes, appendfsync always, no-appendfsync-on-rewrite no and maxmemory-policy noeviction, and "
+        "allow CONFIG GET; if they may be lost, add ?unsafe=1 to the URL"
+    ),
+    "{} 台の複製 (replica) による確認がありません": "{} replicas should have confirmed it, and have not",
+    "URL の redis:// か rediss:// か、証明書の指定 (ssl_ca_certs など) を確認してください": (
+        "check whether the URL should begin with redis:// or rediss://, and its certificates (such as ssl_ca_certs)"
+    ),
+    "URL のユーザー名とパスワード、サーバーの ACL を確認してください": (
+        "check user name and password in the URL, and the ACL of the server"
+    ),
+    "複製 (replica) ではなく、プライマリの URL を指定してください": "use the URL of the primary, not of a replica",
+    "サーバーのメモリーの上限 (maxmemory)、ディスクの空き、ログを確認してください": (
+        "check the maxmemory of the server, its free disk space, and its log"
+    ),
+    "複製 (replica) が動いているか、サーバーの min-replicas-to-write が正しいか確認してください": (
+        "see that the replicas run, and that min-replicas-to-write of the server is right"
+    ),
+    "Redis Cluster には対応していません。単独のサーバーの URL を指定してください": (
+        "Redis Cluster will not do: use the URL of a single server"
+    ),
+    "Redis が動いているか、URL (rediss:// なら TLS) が正しいか確認してください": (
+        "see that Redis runs, and that the URL (with rediss:// TLS too) is right"
+    ),
+    "が PostgreSQL の URL として読めません": "cannot be read as a PostgreSQL URL",
+    "postgresql://USER@HOST/DATABASE の形で指定してください": "give it as postgresql://USER@HOST/DATABASE",
+    "URL のユーザー名、パスワード (~/.pgpass など)、サーバーの pg_hba.conf を確認してください": (
+        "check the user name in the URL, the password (in ~/.pgpass, say), and pg_hba.conf of the server"
+    ),
+    "URL の service の名前と、service ファイルを読む権限を確認してください": (
+        "check the name of the service in the URL, and that you may read the service file"
+    ),
+    "URL のデータベース名を確認し、まだなければ createdb で作ってください": (
+        "check the name of the database in the URL; if there is none yet, make it with createdb"
+    ),
+    "URL の sslmode と sslrootcert、サーバーの TLS の設定を確認してください": (
+        "check sslmode and sslrootcert in the URL, and how TLS is set up at the server"
+    ),
+    "テーブルを読み書きする権限 (--init には CREATE も) を、管理者に頼んでください": (
+        "ask the administrator for the right to read and write the tables (and CREATE for --init)"
+    ),
+    "データベースのサーバーのディスクの空き容量を増やしてから再実行してください": (
+        "make room on the disk of the database server, and try again"
+    ),
+    "ENCODING 'UTF8' のデータベースを使ってください": "use a database with ENCODING 'UTF8'",
+    "書き込めるサーバー (primary) を URL に加え、target_session_attrs=read-write を指定してください": (
+        "add the server that can be written to (the primary) to the URL, and target_session_attrs=read-write"
+    ),
+    "サーバーの max_connections を増やすか、しばらくしてから再実行してください": (
+        "raise max_connections of the server, or try again later"
+    ),
+    "データベースのサーバーが動いているか、URL のホスト名とポート番号が正しいか確認してください": (
+        "see that the database server runs, and that host name and port in the URL are right"
+    ),
     # Help
     """\
 usage: {} コマンド [オプション]

@@ -30,14 +30,13 @@ BEGIN = """BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0
     SELECT pg_advisory_xact_lock(hashtext('gpu_resource_pool'));
     SELECT (SELECT document FROM gpu_resource_pool FOR UPDATE), extract(epoch FROM clock_timestamp())::bigint"""
 WRITE = """WITH named AS (INSERT INTO gpu_resource_change (id) VALUES (%(id)s)),
-        forgotten AS (DELETE FROM gpu_resource_change WHERE made < now() - interval '1 day')
+        forgotten AS (DELETE FROM gpu_resource_change WHERE id = ANY (ARRAY(SELECT id FROM gpu_resource_change
+            WHERE made < now() - interval '1 day' ORDER BY made LIMIT 9)))
     INSERT INTO gpu_resource_pool (document, change) VALUES (%(document)s, %(id)s)
     ON CONFLICT (one) DO UPDATE SET document = excluded.document, change = excluded.change"""
-ASIDE = "INSERT INTO gpu_resource_aside (document) SELECT document FROM gpu_resource_pool"
 CONFIRM = "UPDATE gpu_resource_change SET made = now() WHERE id = %s"
 BUSY = psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected
-#: a lost connection, by SQLSTATE; what the server refuses has none, but a text that says it
-LOST, REFUSED = "$|08|25P|57P|53300", "authentication|password|pg_hba|role |does not exist|support SSL|certificate"
+LOST = "$|08|25P|57P|53300"  # a connection, by SQLSTATE; one that was refused has none, but a text that says why
 
 
 class PostgreSQLStore(Store):
@@ -49,10 +48,10 @@ class PostgreSQLStore(Store):
 
     def __init__(self, place: str, lock_timeout_s: float) -> None:
         self.path, self.lease_directory = databases.shown(place), databases.lease_directory()
-        self.poll_s = databases.POLL_S
-        self._lock_timeout_s, url = lock_timeout_s, None
+        self.poll_s, self._lock_timeout_s, url = databases.POLL_S, lock_timeout_s, None
         with suppress(psycopg.Error, UnicodeError):  # its text may hold the password
-            url = conninfo_to_dict(place)
+            hosts = str((found := conninfo_to_dict(place)).get("host", "/"))
+            url = found if "/" in hosts or hosts.replace(",", ".").encode("idna") else None
         if url is None or any("@" in str(url.get(part)) for part in ("host", "port", "dbname")):
             raise InvalidRequestError("resource_file", self.path, *databases.NO_POSTGRESQL_URL)
         defaults = conninfo_to_dict(PARAMETERS, connect_timeout=int(max(2, min(5, lock_timeout_s))))
@@ -63,9 +62,7 @@ class PostgreSQLStore(Store):
             self.version_mark()
         except NoPoolError:
             self._run(lambda connection, _: connection.execute(TABLES))
-            self._change(
-                lambda old, now: (None, None if old is not None else databases.new_document(state, now), False)
-            )
+            self._change(lambda old, s: (None, databases.new_document(state, s) if old is None else None, False))
 
     def read(self) -> State:
         return databases.decoded(self.path, self._seen("document"))
@@ -80,7 +77,9 @@ class PostgreSQLStore(Store):
 
     def _seen(self, column: str) -> Any:
         row = self._run(lambda it, _: it.execute(f"SELECT {column} FROM gpu_resource_pool").fetchone())  # noqa: S608
-        return row[0] if row else databases.decoded(self.path, None)
+        if not row:
+            raise databases.no_pool(self.path)
+        return row[0]
 
     def _change(self, work: Callable[[str | None, int], tuple[T, str | None, bool]]) -> T:
         """Return the first of what ``work`` makes of the document and the clock, once the second is committed."""
@@ -99,7 +98,7 @@ class PostgreSQLStore(Store):
                     connection.execute("ROLLBACK")
                     return result
                 if is_aside:
-                    connection.execute(ASIDE)
+                    connection.execute("INSERT INTO gpu_resource_aside SELECT document FROM gpu_resource_pool")
                     databases.warn_of_aside("gpu_resource_aside")
                 id_ = os.urandom(16).hex()
                 connection.execute(WRITE, {"id": id_, "document": text})
@@ -116,10 +115,10 @@ class PostgreSQLStore(Store):
                 try:
                     with closing(psycopg.connect(**self._parameters)) as it, time_left.watching(it.fileno()):
                         return attempt(it, time_left.left_s)
-                except (psycopg.Error, UnicodeError) as error:
+                except psycopg.Error as error:
                     failure = TimeoutError(say(databases.SILENT)) if time_left.is_cut else error
                 is_lost = re.match(LOST, getattr(failure, "sqlstate", None) or "")
-                if is_lost and not re.search(REFUSED, str(failure)) and time_left.pause(failure):
+                if is_lost and not re.search(databases.POSTGRESQL_REFUSED, str(failure)) and time_left.pause(failure):
                     continue
                 if sent:
                     raise databases.unconfirmed(self.path, failure)

@@ -11,18 +11,18 @@ from importlib import import_module
 from typing import Any
 
 from gpu_resource_extensions import databases
-from gpu_resource_manager_v01 import InvalidRequestError, State, Store, T, say
+from gpu_resource_manager_v01 import InvalidRequestError, State, Store, T, failures_reported, say
 
-with databases.needed("redis>=5.0"):
+with databases.needed("redis>=6.0"):  # the first that checks the name in a certificate
     redis: Any = import_module("redis")  # its types differ from one release to the next
-    if redis.VERSION < (5,):
+    if redis.VERSION < (6,):
         raise ImportError(f"redis {redis.__version__}")
 
 URL = r"^\w+://[^/?#]+/?[0-9]*(?:\?[^@#]*)?$"  # so that no / or # of a password makes another server of it
 FIXED = {"protocol": 2, "decode_responses": True, "encoding_errors": "surrogateescape", "socket_connect_timeout": None}
 POOL, KEPT_S = "gpu_resource:pool", 3600  # how long the server knows the id of a change; no verb takes half of that
-LEAST_S, MOST_S, WAIT_MS, LONGEST_PAUSE_S = 1.0, 60.0, 500, 0.25  # for an answer; for replicas, which is less
-MAY_PASS = ["WatchError", "ConnectionError", "TimeoutError", "BusyLoadingError", "TryAgainError", "MasterDownError"]
+LEAST_S, WAIT_MS, PAUSE_S = 1.0, 500, 0.05  # for an answer; for replicas, which is less; when others were quicker
+TEMPORARY = rf"(?!.*({databases.REDIS_TLS}))(Connection|Timeout|BusyLoading|TryAgain|MasterDown)Error |.*NOREPLICAS"
 #: what a server needs to lose neither a change that was made nor its id
 SAFE = ["appendonly yes", "appendfsync always", "no-appendfsync-on-rewrite no", "maxmemory-policy noeviction"]
 #: KEYS: the pool, the id of the change, and a name for the old pool if it is kept. ARGV: the id of the change before,
@@ -41,7 +41,7 @@ class RedisStore(Store):
 
     def __init__(self, place: str, lock_timeout_s: float) -> None:
         self.path, self.lease_directory = databases.shown(place), databases.lease_directory()
-        self._lock_timeout_s = lock_timeout_s
+        self._limit_s = min(max(lock_timeout_s, LEAST_S), KEPT_S / 2)
         try:
             found = redis.connection.parse_url(*re.findall(URL, place)) | FIXED
             self._is_unsafe = found.pop("unsafe", "") == "1"
@@ -86,7 +86,8 @@ class RedisStore(Store):
             if not is_made:  # nor can it be any more: the change that it was to follow is no longer the last one
                 sent.clear()
                 raise redis.WatchError
-            if replicas and ask("WAIT", replicas, WAIT_MS) < replicas:
+            # WAIT is for what this connection has written, and a result may tell what no replica knows yet.
+            if replicas and (ask("SET", f"{POOL}:seen", ""), ask("WAIT", replicas, WAIT_MS))[1] < replicas:
                 raise redis.TimeoutError(say(databases.FEW_REPLICAS, replicas))
             for aside in sent[4:-4]:
                 databases.warn_of_aside(aside)
@@ -96,23 +97,22 @@ class RedisStore(Store):
 
     def _run(self, attempt: Callable[[Callable[..., Any]], T], sent: Sized = ()) -> T:
         """Return what ``attempt`` returns, on a new connection whenever it fails, until the time is over."""
-        start_s, limit_s = time.monotonic(), min(max(self._lock_timeout_s, LEAST_S), KEPT_S / 2)
-        while True:
-            left_s = start_s + limit_s - time.monotonic()
-            # No client, which would send a command again whose answer was lost, and find refused what it had made.
-            connection = self._kind(**{**self._settings, "socket_timeout": min(max(left_s, LEAST_S), MOST_S)})
-            try:
-                return attempt(lambda *words: [connection.send_command(*words), connection.read_response()][1])  # noqa: B023
-            except redis.RedisError as error:
-                is_passing = type(error).__name__ in MAY_PASS and not re.search(databases.REDIS_TLS, str(error))
-                if left_s <= 0 and isinstance(error, redis.WatchError):
-                    raise databases.DatabaseBusyError(self.path, self._lock_timeout_s) from None
-                if left_s <= 0 or not (sent or is_passing):
-                    failed = databases.failed(self.path, error, databases.REDIS_REMEDIES)
-                    raise databases.unconfirmed(self.path, error) if sent else failed from None
-            finally:
-                connection.disconnect()
-            time.sleep(random.uniform(0, min(limit_s - left_s, LONGEST_PAUSE_S)))  # noqa: S311 - grows with each attempt
+        with failures_reported(self.path), databases.Countdown(self._limit_s) as time_left:
+            while True:
+                # No client, which would send a command again whose answer was lost, and find refused what it had made.
+                connection = self._kind(**{**self._settings, "socket_timeout": max(time_left.left_s, LEAST_S)})
+                try:
+                    return attempt(lambda *words, it=connection: [it.send_command(*words), it.read_response()][1])
+                except redis.WatchError:
+                    if time_left.left_s <= 0:
+                        raise databases.DatabaseBusyError(self.path, self._limit_s) from None
+                    time.sleep(random.uniform(0, PAUSE_S))  # noqa: S311
+                except redis.RedisError as error:
+                    is_open = sent or re.match(TEMPORARY, f"{type(error).__name__} {error}")
+                    if not is_open or not time_left.pause(error):
+                        raise (databases.unconfirmed if sent else databases.redis_failed)(self.path, error) from None
+                finally:
+                    connection.disconnect()
 
     def _replicas(self, ask: Callable[..., Any]) -> int:
         """Return how many replicas must have a change; refuse a server that may lose one."""

@@ -30,13 +30,18 @@ from conftest import GUARD_S
 
 URL_VARIABLE = "GPU_TEST_POSTGRESQL_URL"
 _HBA = """
-local all all trust
+local all,replication all trust
 host all guarded all scram-sha-256
 host all all all trust
-host replication all all trust
 """
-# It lives no longer than the pipe that is its standard input.
-_RUN = '"$@" </dev/null & cat >/dev/null; kill -QUIT $!; wait'
+# The server lives no longer than the pipe that is our standard input.
+_RUN = """
+exec 3<&0
+"$@" </dev/null 3<&- & server=$!
+{ cat <&3; kill -QUIT $server; } & watcher=$!
+exec 3<&-
+wait $server; kill $watcher
+"""
 
 
 def wait_until(is_so: Any, what: str) -> None:
@@ -45,6 +50,12 @@ def wait_until(is_so: Any, what: str) -> None:
     while not is_so():
         assert time.monotonic() < deadline_s, f"not within {GUARD_S} s: {what}"
         time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def free_port() -> int:
@@ -78,18 +89,23 @@ class PostgreSQLServer:
     """
 
     def __init__(
-        self, primary: PostgreSQLServer | None = None, addresses: str = "127.0.0.1", **settings: object
+        self,
+        primary: PostgreSQLServer | None = None,
+        addresses: str = "127.0.0.1",
+        port: int = 0,
+        directory: Path | None = None,
+        **settings: object,
     ) -> None:
         pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
         self.as_user: dict[str, Any] = {}
         if os.geteuid() == 0:  # as which PostgreSQL does not run
             nobody = pwd.getpwnam("nobody")
             self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        self.directory = Path(tempfile.mkdtemp(prefix="gpu-test-"))
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="gpu-test-"))
         if self.as_user:
             os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
         self.directory.chmod(0o755)  # anybody may use the socket
-        self.data, self.port = self.directory / "data", free_port()
+        self.data, self.port = self.directory / "data", port or free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.name = f"standby{self.port}"
         if primary:
@@ -108,12 +124,18 @@ class PostgreSQLServer:
             file.writelines(f"{key} = '{value}'\n" for key, value in settings.items())
         self.start()
         if not primary:
-            self.sql("CREATE ROLE lab LOGIN CREATEDB IN ROLE pg_signal_backend", "CREATE ROLE guarded LOGIN PASSWORD 'geheim@/:'")
+            self.sql(
+                "CREATE ROLE lab LOGIN CREATEDB IN ROLE pg_signal_backend",
+                "CREATE ROLE guarded LOGIN PASSWORD 'geheim@/:'",
+            )
 
     def __enter__(self) -> PostgreSQLServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
         self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -157,12 +179,14 @@ class PostgreSQLServer:
 
     def kill(self) -> None:
         """End it without a chance to tidy up, as a machine that loses its power does."""
-        self.signal(signal.SIGSTOP)  # or the children of a dead one find out, and a new one is in the way of a start
+        self.signal(signal.SIGSTOP)  # or the children of a dead one find out, and one is in the way of the next start
+        pids = self.pids()
         self.signal(signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, pids)), "the end of a server")
         if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)  # children of ours may hold the pipe too
-            self.process.wait()
-            self.process.stdin.close()
+            self.process.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process = None
 
     def promote(self) -> None:
@@ -191,7 +215,7 @@ class PostgreSQLServer:
 def shared_server() -> PostgreSQLServer:
     """Return the one that all tests share who leave it running."""
     server = PostgreSQLServer()
-    atexit.register(server.__exit__)
+    atexit.register(server.remove)
     return server
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from gpu_resource_manager_v01 import (
+    NoPoolError,
     State,
     StateFileError,
     Store,
@@ -26,7 +27,7 @@ class MemoryStore(Store):
     def __init__(self, lease_directory: str) -> None:
         self.path, self.lease_directory = "memory", lease_directory
         self.document: bytes | None = None
-        self.kept_aside: list[bytes | None] = []
+        self.kept_aside: list[bytes] = []
         self._changes, self._lock = 0, threading.Lock()
 
     def create(self, state: State) -> None:
@@ -36,7 +37,7 @@ class MemoryStore(Store):
 
     def read(self) -> State:
         try:
-            return decode_state(self.document or b"")
+            return decode_state(self._found())
         except ValueError as error:
             raise UnusableStateFileError(self.path, str(error)) from error
 
@@ -51,14 +52,20 @@ class MemoryStore(Store):
                 state = copy.deepcopy(instead_of_unusable)
             state["last_updated"] = timestamp()
             result = change(state)
-            if before is None:
+            if before is None and self.document is not None:
                 self.kept_aside.append(self.document)
             if before is None or state != {**before, "last_updated": state["last_updated"]}:
                 self._write(state)
             return result
 
     def version_mark(self) -> object:
+        self._found()
         return self._changes
+
+    def _found(self) -> bytes:
+        if self.document is None:
+            raise NoPoolError(self.path, "there is no document", "see create")
+        return self.document
 
     def _write(self, state: State) -> None:
         try:

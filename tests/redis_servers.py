@@ -15,12 +15,16 @@ import itertools
 import os
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import GUARD_S
@@ -119,6 +123,86 @@ class RedisServer:
     def url(self, number: int = 0, password: str = "", user: str = "") -> str:
         login = f"{user}:{password}@" if password else ""
         return f"redis://{login}127.0.0.1:{self.port}/{number}"
+
+
+Verdict = Literal["pass", "drop", "pass and cut"] | bytes
+
+
+class Proxy:
+    """Stands between clients and the server at ``url``, and asks ``judge`` about every command.
+
+    It may "pass", or be dropped or its answer lost, with which the connection ends, or be answered with bytes instead.
+    ``target`` may be set to another server.
+
+    :param tls: what the clients are to find
+    """
+
+    def __init__(
+        self, url: str, judge: Callable[[bytes], Verdict] = lambda _: "pass", tls: ssl.SSLContext | None = None
+    ) -> None:
+        parts = urlsplit(url)
+        self.target = (parts.hostname or "localhost", parts.port or 6379)
+        self.judge, self.tls = judge, tls
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self.listener.getsockname()[1]
+        login, at, _ = parts.netloc.rpartition("@")
+        scheme = "rediss" if tls else "redis"
+        self.url = parts._replace(scheme=scheme, netloc=f"{login}{at}127.0.0.1:{self.port}").geturl()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=[self.listener.accept()[0]], daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self.tls:
+                client = self.tls.wrap_socket(client, server_side=True)
+            with socket.create_connection(self.target) as server:
+                self._relay(client, server)
+        with contextlib.suppress(OSError):  # a child of ours may hold it too, and would keep it open
+            client.shutdown(socket.SHUT_RDWR)
+        client.close()
+
+    def _relay(self, client: socket.socket, server: socket.socket) -> None:
+        for end in (client, server):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with client.makefile("rb") as commands, server.makefile("rb") as answers:
+            while True:
+                command = message(commands)
+                verdict = self.judge(command)
+                if isinstance(verdict, bytes):
+                    client.sendall(verdict + b"\r\n")
+                    continue
+                if verdict == "drop":
+                    break
+                server.sendall(command)
+                answer = message(answers)
+                if verdict == "pass and cut":
+                    break
+                client.sendall(answer)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+
+def message(stream: IO[bytes]) -> bytes:
+    """Return the next command or answer in ``stream``; :raises ValueError: there is none."""
+    line = stream.readline()
+    kind, length = line[:1], line[1:].strip()
+    if kind == b"$" and length != b"-1":
+        return line + stream.read(int(length) + 2)
+    if kind == b"*" and length != b"-1":
+        return line + b"".join(message(stream) for _ in range(int(length)))
+    if not line.endswith(b"\r\n"):
+        raise ValueError("the connection has ended")
+    return line
 
 
 @cache

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from conftest import GUARD_S
+from database_servers import fresh_database
 from memory_store import MemoryStore
+from redis_servers import client, fresh_redis
 
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     JsonFileStore,
+    NoPoolError,
     State,
     StateFileError,
     Store,
@@ -37,10 +41,10 @@ class Place(NamedTuple):
     #: put these bytes where the document is
     overwrite: Callable[[bytes], object]
     #: return what was kept aside
-    kept_aside: Callable[[], Sequence[bytes | None]]
+    kept_aside: Callable[[], Sequence[bytes]]
 
 
-def json_file(directory: Path) -> Place:
+def json_file(directory: Path, _: contextlib.ExitStack) -> Place:
     path = directory / "resource_status.json"
 
     def kept_aside() -> list[bytes]:
@@ -49,15 +53,47 @@ def json_file(directory: Path) -> Place:
     return Place(open_store(str(path), GUARD_S), path.write_bytes, kept_aside)
 
 
-def memory(directory: Path) -> Place:
+def memory(directory: Path, _: contextlib.ExitStack) -> Place:
     store = MemoryStore(str(directory / ".leases"))
     return Place(store, lambda data: setattr(store, "document", data), lambda: store.kept_aside)
 
 
-@pytest.fixture(params=[json_file, memory])
-def place_of_pool(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    made: Place = request.param(tmp_path)
-    return made
+def postgresql(directory: Path, stack: contextlib.ExitStack) -> Place:
+    url = stack.enter_context(fresh_database())
+    store = open_store(url, GUARD_S)
+    store.lease_directory = str(directory / ".leases")  # not the one of this machine
+    psycopg = pytest.importorskip("psycopg")
+    connection = stack.enter_context(psycopg.connect(url, autocommit=True))
+
+    def overwrite(data: bytes) -> None:
+        store.create(new_state(1))  # if there is nothing
+        connection.execute("UPDATE gpu_resource_pool SET document = %s", [data.decode()])
+
+    def kept_aside() -> list[bytes]:
+        return [row[0].encode() for row in connection.execute("SELECT document FROM gpu_resource_aside")]
+
+    return Place(store, overwrite, kept_aside)
+
+
+def redis(directory: Path, stack: contextlib.ExitStack) -> Place:
+    url = stack.enter_context(fresh_redis())
+    store = open_store(url, GUARD_S)
+    store.lease_directory = str(directory / ".leases")  # not the one of this machine
+    connection = stack.enter_context(client(url))
+
+    def overwrite(data: bytes) -> None:
+        connection.hset("gpu_resource:pool", "document", data)
+
+    def kept_aside() -> list[bytes]:
+        return [connection.hget(key, "document") for key in connection.scan_iter("gpu_resource:corrupt-*")]
+
+    return Place(store, overwrite, kept_aside)
+
+
+@pytest.fixture(params=[json_file, memory, postgresql, redis])
+def place_of_pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with contextlib.ExitStack() as stack:
+        yield request.param(tmp_path, stack)
 
 
 @pytest.fixture
@@ -74,6 +110,11 @@ def start(task_id: str) -> Callable[[State], str]:
 
 def tasks(state: State) -> list[str]:
     return [task["task_id"] for server in state["servers"] for task in server["running_tasks"]]
+
+
+def pool_alone(state: State) -> dict[str, object]:
+    """Return ``state`` without what only a pool in a database has, and with each change another one."""
+    return {key: value for key, value in state.items() if key not in ("pool", "clock")}
 
 
 def set_note(value: object) -> Callable[[Any], None]:
@@ -96,7 +137,7 @@ def test_what_is_created_is_read_with_the_time_of_its_making(
     monkeypatch.setattr(time, "strftime", lambda _: "2026-01-01T00:00:00")
     pool = new_state(2)
     place_of_pool.store.create(pool)
-    assert place_of_pool.store.read() == {**new_state(2), "last_updated": "2026-01-01T00:00:00"}
+    assert pool_alone(place_of_pool.store.read()) == {**new_state(2), "last_updated": "2026-01-01T00:00:00"}
     assert pool == new_state(2), "what was given is left as it was"
 
 
@@ -117,8 +158,8 @@ def test_create_does_not_overwrite_what_is_no_pool(place_of_pool: Place) -> None
 
 def test_without_a_pool_there_is_nothing_to_read_or_change(place_of_pool: Place) -> None:
     store = place_of_pool.store
-    for work in (store.read, lambda: store.update(start("task"))):
-        with pytest.raises(UnusableStateFileError) as caught:
+    for work in (store.read, store.version_mark, lambda: store.update(start("task"))):
+        with pytest.raises(NoPoolError) as caught:
             work()
         assert caught.value.path == store.path and caught.value.reason and caught.value.remedy
 
@@ -141,7 +182,8 @@ def test_update_writes_what_changed_and_returns_what_the_change_returns(store: S
     after = store.read()
     assert tasks(after) == ["task"]
     start("task")(before)
-    assert after == {**before, "last_updated": after["last_updated"]}
+    assert pool_alone(after) == {**pool_alone(before), "last_updated": after["last_updated"]}
+    assert after.get("pool") == before.get("pool")
     store.update(lambda state: end_task(state, "task"))
     assert tasks(store.read()) == []
 
@@ -245,6 +287,12 @@ def test_change_may_begin_with_another_document_instead_of_an_unusable_one(place
     assert (len(found["servers"]), tasks(found)) == (3, ["task"])
     assert found["last_updated"], "which has its time too"
     assert place_of_pool.kept_aside() == [DAMAGED]
+
+
+def test_change_may_begin_with_another_document_where_there_is_nothing(place_of_pool: Place) -> None:
+    assert place_of_pool.store.update(start("task"), new_state(3)) == "task"
+    assert tasks(place_of_pool.store.read()) == ["task"]
+    assert place_of_pool.kept_aside() == []
 
 
 def test_change_that_leaves_the_other_document_as_it_is_writes_it_all_the_same(
