@@ -691,7 +691,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from gpu_resource_extensions.detect_gpus import detected_server
 
                 args.servers = [detected_server()]
-            if args.command not in ("--init", "--status", "--detail"):  # who changes the pool loads ``logging`` anyway
+            if args.command not in ("--status", "--detail"):  # who changes the pool loads ``logging`` anyway
                 show_warnings()
                 from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
             described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
@@ -709,6 +709,9 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
     except ImportError as error:
         problem = say("必要なパッケージを読み込めません: {}", getattr(error, "reason", error))
         remedy = "cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
+        if hasattr(error, "package"):  # that only this pool needs
+            problem, _, remedy = str(error).partition(say("\n  対処: {}", ""))
+            raise Refusal(EXIT_USAGE, "missing_package", problem, remedy) from error
         if "gpu_resource_extensions" in str(error):
             remedy = "gpu_resource_extensions を {} に置いてください"
         elif IS_COMMAND:

@@ -1262,10 +1262,10 @@ def boot_id() -> str:
 
 @cache
 def machine_id() -> str:
-    """Return what names this machine through all its starts: machine-id(5)."""
-    with suppress(OSError), open("/etc/machine-id", encoding="ascii") as file:
-        return file.read().strip() or boot_id()
-    return boot_id()
+    """Return what names this machine through all its starts, machine-id(5); empty if nothing does."""
+    with suppress(OSError, UnicodeDecodeError), open("/etc/machine-id", encoding="ascii") as file:
+        return file.read().strip().removeprefix("uninitialized")
+    return ""
 
 
 def this_requester(command: str | None = None) -> Requester:
@@ -1943,6 +1943,8 @@ class GPUResourceManagerV01:
             server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
             request["only_server_name"], request["local"] = server["server_name"], True
             request["boot"] = boot_id()
+            if "clock" in state and machine_id():
+                request["machine"] = machine_id()
         check_request(state, request)
         return request
 

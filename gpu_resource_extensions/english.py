@@ -450,6 +450,9 @@ ENGLISH: dict[str, str] = {
     "注意: {} でタスク {} が始まったか確認できません。割り当ては失効しました": (
         "Note: whether task {1} was started on {0} cannot be found out: its claim has lapsed"
     ),
+    "注意: 標準入力の先頭が失われたかもしれないため、他のサーバーでは始めません": (
+        "Note: the beginning of stdin may be lost by now, so it is started on no other server"
+    ),
     "注意: {} では始められませんでした": "Note: it could not be started on {}",
     "は --any や --on が渡すものではありません": "is not what --any or --on hands over",
     "--run … --any か --run … --on NAME を使ってください": "use --run … --any or --run … --on NAME",

@@ -58,8 +58,8 @@ def check_one_machine(state: State, request: Request) -> None:
     """
     named = request["only_server_name"]
     for server in state["servers"]:
-        is_other = server.get("machine", request.get("machine")) != request.get("machine")
-        if server["server_name"] == named and is_other and server.get("boot") != request.get("boot"):
+        is_known = "machine" in server and "machine" in request and server["server_name"] == named
+        if is_known and server["machine"] != request["machine"] and server.get("boot") != request.get("boot"):
             raise InvalidRequestError("server", named, *_TWO_MACHINES, name=quoted(str(named)))
     found: list[tuple[Any, Requester]] = [(server["server_name"], task) for server, task in placed_tasks(state)]
     found += [(other.get("only_server_name"), other) for other in state.get("waiting", ())]

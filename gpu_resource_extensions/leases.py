@@ -24,7 +24,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, TypedDict, cast
 
 from gpu_resource_extensions.servers import append_server, unheld_gpus
@@ -42,6 +42,7 @@ from gpu_resource_manager_v01 import (
     machine_id,
     named_processes,
     new_in_place,
+    parse_json,
     placed_tasks,
     printable,
     quoted,
@@ -113,7 +114,8 @@ def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
     """Let each living job hold what its lease says, whatever became of the document.
 
     A document that was edited, restored from an old copy or made anew gets its task back, and its server. What
-    another task holds meanwhile stays there until that ends; the living job is granted the rest.
+    another task holds meanwhile stays there until that ends, unless nothing uses it yet; the living job is granted the
+    rest.
 
     :returns: of each task that lacks some of its GPUs their indices.
     """
@@ -143,6 +145,9 @@ def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
         task_id = task["task_id"]
         if any(record["task_id"] == task_id for record in records(state)):  # somebody else's by now
             task_id = f"{task_id[: MAX_TASK_ID_LENGTH - 9]}+{task['lease'][:8]}"
+        for other in [other for other in server["running_tasks"] if "seen" in other]:
+            if not {*other["allocated_gpus"]}.isdisjoint(task["allocated_gpus"]):
+                remove_task(server, other)
         free = unheld_gpus(server)
         gpus = [gpu for gpu in task["allocated_gpus"] if gpu in free]
         cpus = min(task["allocated_cpus"], server["available_cpus"])
@@ -269,7 +274,7 @@ class Leases:
             return self._free(name, fcntl.LOCK_SH)
         if self.clock_s is None:
             return "boot" in record and _is_local(self.directory)
-        return (record.get("machine"), record.get("host")) == (machine_id(), host_name())
+        return "machine" in record and (record["machine"], record.get("host")) == (machine_id(), host_name())
 
     def _has_lapsed(self, name: str, record: Requester) -> bool:
         """Tell whether nothing uses ``record`` yet and its owner gives no sign of life."""
@@ -295,8 +300,9 @@ class Leases:
         unnamed = {*self._names()}
         for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
             # In a directory of everybody, it may be another user's to delete, at the next change of theirs.
-            with suppress(PermissionError, FileNotFoundError):
-                if self.clock_s is None or time.time() - os.stat(self._path(name)).st_ctime > LAPSE_S:
+            # And whatever else somebody puts there is no reason to fail.
+            with suppress(OSError) if self.prefix else nullcontext():
+                if self.clock_s is None or time.time() - os.lstat(self._path(name)).st_ctime > LAPSE_S:
                     # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
                     self._free(name, fcntl.LOCK_EX, self.delete)
 
@@ -317,13 +323,16 @@ class Leases:
         with suppress(OSError, ValueError):
             descriptor = self._open(name)
             try:
-                text = os.read(descriptor, 1 << 20) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+                found = os.fstat(descriptor)
+                text = os.read(descriptor, 1 << 20) if stat.S_ISREG(found.st_mode) else b""
             finally:
                 os.close(descriptor)
             if text.startswith(GRANTED):
-                claim = json.loads(text[len(GRANTED) :].decode("utf-8"))
+                claim = parse_json(text[len(GRANTED) :])
                 if is_claim(claim) and claim["task"].get("lease") == name:
-                    return cast("Claim", claim)
+                    # In a directory of everybody, anybody may have written it, for a task of somebody else.
+                    is_theirs = not self.prefix or found.st_uid in (0, claim["task"].get("uid"))
+                    return cast("Claim", claim) if is_theirs else None
         return None
 
     def end_claim(self, name: str) -> None:

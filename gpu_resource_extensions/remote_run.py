@@ -17,11 +17,13 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpu_resource_extensions.leases import SIGN_S
@@ -36,7 +38,9 @@ from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     InvalidRequestError,
     ResourceManagerError,
+    host_name,
     is_url,
+    quoted,
     say,
 )
 
@@ -118,7 +122,11 @@ def run_anywhere(
     if server is not None:
         find_server(pool, server)
     task_id, gpus, cpus = named_task(asked, words, tell)
-    job = {"asked": [task_id, gpus, cpus], "words": words, "directory": os.getcwd()}
+    try:
+        directory = os.getcwd()
+    except OSError as error:
+        raise DirectoryError(host_name(), ".", error) from error
+    job = {"asked": [task_id, gpus, cpus], "words": words, "directory": directory}
     job["language"] = os.environ.get(LANGUAGE_VARIABLE, "")
 
     def far_command(name: str, claim: str) -> str:
@@ -129,7 +137,7 @@ def run_anywhere(
     longest = max(len(os.fsencode(far_command(name, "-" * _CLAIM_LENGTH))) for name in names)
     if longest > MAX_WORD_BYTES:
         raise InvalidRequestError("command", words[0], *_TOO_LONG, most=MAX_WORD_BYTES, bytes=longest)
-    deadline_s = time.monotonic() + wait_s
+    deadline_s, put_stdin_back = time.monotonic() + wait_s, stdin_restorer()
     skipped: list[str] = []
     while True:
         left_s, code = max(0, deadline_s - time.monotonic()), None
@@ -145,11 +153,14 @@ def run_anywhere(
                 excluded_servers=skipped,
             ) as claim:
                 granted = claim.granted
-                if claim.is_here:
-                    return run_taken(manager, claim.lease.name, (task_id, gpus, cpus), words, tool, line.end, tell)
                 name = granted["server_name"]
+                if claim.is_here:
+                    asked = task_id, gpus, cpus
+                    code, _ = run_taken(manager, claim.lease.name, asked, words, tool, line.end, tell)
+                    claim.is_taken = True
+                    return code, granted
                 line.end(say("✓ {} の GPU {} で実行します: {}", name, granted["gpu_devices"], task_id))
-                code = through_ssh(name, far_command(name, claim.lease.name), claim)
+                code, has_connected = through_ssh(name, far_command(name, claim.lease.name), claim)
                 fate = claim.fate()
         except ResourceManagerError as error:
             if code is not None:  # that of the job, for all we know
@@ -167,20 +178,45 @@ def run_anywhere(
             return code, granted
         tell(say("注意: {} では始められませんでした", name))
         skipped.append(name)
+        if has_connected and not put_stdin_back():
+            tell(say("注意: 標準入力の先頭が失われたかもしれないため、他のサーバーでは始めません"))
+            raise UnreachableError(skipped)
 
 
-def through_ssh(name: str, far_command: str, claim: BoundRequest) -> int:
-    """Run a command on the server ``name``, with our terminal and streams; return its exit code, or that of ssh."""
+def stdin_restorer() -> Callable[[], bool]:
+    """Return a function that undoes what ssh has read of stdin ahead of a job; ``False`` if that cannot be."""
+    try:
+        start = os.lseek(0, 0, os.SEEK_CUR) if stat.S_ISREG(os.fstat(0).st_mode) else None
+        is_endless = os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    except OSError:  # it is closed
+        return lambda: True
+    return lambda: is_endless or (start is not None and os.lseek(0, start, os.SEEK_SET) == start)
+
+
+def through_ssh(name: str, far_command: str, claim: BoundRequest) -> tuple[int, bool]:
+    """Run a command on the server ``name``, with our terminal and streams.
+
+    :returns: its exit code, or that of ssh, and whether there was a connection, over which ssh reads stdin at once.
+    """
     has_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     ssh = shlex.split(os.environ.get(SSH_VARIABLE) or "ssh")
-    # A connection of its own, for the end of a shared one is not that of the job.
-    options = ["ConnectTimeout=10", "ServerAliveInterval=15", "LogLevel=ERROR", "ControlMaster=no", "ControlPath=none"]
+    options = ["ConnectTimeout=10", "ServerAliveInterval=15", "LogLevel=ERROR"]
+    options += ["ControlMaster=no", "ControlPath=none"]  # the end of a shared connection would not be that of the job
     options += [] if has_terminal else ["BatchMode=yes"]
     words = [*ssh, "-t" if has_terminal else "-T", *(word for option in options for word in ("-o", option))]
+    with TemporaryDirectory() as directory:
+        mark = os.path.join(directory, "connected")
+        words += ["-o", "PermitLocalCommand=yes", "-o", f"LocalCommand=: >{quoted(mark)}"]
+        code = wait_for([*words, "--", name, far_command], claim)
+        return code, code != 255 or os.path.exists(mark)
+
+
+def wait_for(words: list[str], claim: BoundRequest) -> int:
+    """Run ssh, with signs of life of ``claim`` until it is taken over; return its exit code."""
     try:
-        process = subprocess.Popen([*words, "--", name, far_command])  # noqa: S603 - it is the user's own
+        process = subprocess.Popen(words)  # noqa: S603 - it is the user's own
     except OSError as error:
-        raise CommandError(ssh[0], error) from error
+        raise CommandError(words[0], error) from error
     try:
         is_ours = True
         while is_ours and process.poll() is None:

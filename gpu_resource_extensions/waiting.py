@@ -128,7 +128,7 @@ class BoundRequest:
         self.request, self._store, self._leases_of, self._look, self._change = request, store, leases, look, change
         state = store.read()
         self._leases, self._is_shared = leases(state), "clock" in state
-        self._signed_s, self._may_have_lapsed = now_s(), True
+        self._signed_s, self.is_taken = now_s(), False  # over, by another lease
 
     def __enter__(self) -> BoundRequest:
         if not os.path.isdir(self._leases.directory):
@@ -136,15 +136,16 @@ class BoundRequest:
         with failures_reported(self._store.path):
             self.lease = self._leases.make()
         self.request["lease"], self.request["boot"] = self.lease.name, boot_id()
-        if self._is_shared:
+        if self._is_shared and machine_id():
             self.request["machine"] = machine_id()
         return self
 
     def __exit__(self, *_: object) -> None:
         with failures_reported(self._store.path):
             if self.lease.give_up():
-                # By the lease, not by the name, which a newer task may bear by now.
-                self._change(lambda state: reclaim(state, lambda record: record.get("lease") == self.lease.name))
+                if not self.is_taken:
+                    # By the lease, not by the name, which a newer task may bear by now.
+                    self._change(lambda state: reclaim(state, lambda record: record.get("lease") == self.lease.name))
                 self._leases.delete(self.lease.name)
 
     def ask(self, wait_s: float, on_wait: OnWait | None, is_claim: bool = False) -> Allocation | Shortfall:
@@ -209,7 +210,7 @@ class BoundRequest:
         if is_there:
             self._signed_s = now_s()
         else:  # in time, it has not lapsed: somebody has it
-            self._may_have_lapsed = now_s() - self._signed_s > LAPSE_S
+            self.is_taken = now_s() - self._signed_s <= LAPSE_S
         return is_there
 
     def take_up(self, keeper: int) -> None:
@@ -245,7 +246,8 @@ class BoundRequest:
                 return "withdrawn"
             if any(record.get("claim") == self.lease.name for record in records(state)):
                 return "running"
-            return "unknown" if self._may_have_lapsed and now_s() - self._signed_s > LAPSE_S else "ended"
+            return "ended" if self.is_taken or now_s() - self._signed_s <= LAPSE_S else "unknown"
 
         found: str = self._change(withdrawn)
+        self.is_taken = found in ("running", "ended")
         return found

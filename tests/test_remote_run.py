@@ -234,10 +234,69 @@ def test_server_that_cannot_be_reached_is_skipped(login: Host, node1: Host, stor
     assert "どのサーバーでも始められませんでした: node1\n  対処: ssh node1 " in ran.err
 
 
-def test_server_without_the_command_is_skipped(login: Host, store: Store) -> None:
-    ran = run_any(login, "hostname", env={"GPU_RESOURCE_REMOTE": "no-such-tool"})
-    assert (ran.code, tasks(store.read())) == (125, [])
-    assert "どのサーバーでも始められませんでした: node1, node2" in ran.err
+ONLY_ON_NODE2 = "sh -c 'test $(hostname) = node2 && exec gpu-resource \"$@\"' sh"
+
+
+def test_server_without_the_command_is_skipped(login: Host, lab: Lab, store: Store) -> None:
+    env, data = {"GPU_RESOURCE_REMOTE": ONLY_ON_NODE2}, lab.directory / "data"
+    data.write_text("line\n" * 100_000)
+    with open(data, "rb") as file:
+        process = login.start(
+            ["gpu-resource", "--run", "task", "2", "2", "--any", "--", "wc", "-l"], env=env, stdin=file
+        )
+        assert process.communicate()[0] == b"100000\n", "what the first ssh has read is put back"
+    process = login.start(
+        ["gpu-resource", "--run", "task", "2", "2", "--any", "--", "hostname"],
+        env={"GPU_RESOURCE_REMOTE": "no-such-tool"},
+    )
+    err = process.communicate()[1].decode()
+    assert (process.returncode, tasks(store.read())) == (125, [])
+    assert "どのサーバーでも始められませんでした: node1, node2" in err
+
+
+def test_job_is_not_started_with_half_of_its_input(login: Host, store: Store) -> None:
+    ran = run_any(login, "wc", "-l", env={"GPU_RESOURCE_REMOTE": ONLY_ON_NODE2}, input=b"line\n" * 100_000)
+    assert (ran.code, ran.out, tasks(store.read())) == (125, "", [])
+    assert "標準入力の先頭が失われたかもしれない" in ran.err
+
+
+def test_directory_that_was_removed_is_said(login: Host, store: Store) -> None:
+    script = "mkdir gone && cd gone && rmdir ../gone && exec gpu-resource --run task 2 2 --any -- true"
+    ran = login.run(["sh", "-c", script])
+    assert (ran.code, "作業ディレクトリに入れません" in ran.err, tasks(store.read())) == (125, True, [])
+
+
+def test_reservation_by_this_machine_after_a_reboot(node1: Host, store: Store) -> None:
+    assert command(node1, "--run", "task", "2", "2", "--", "true").code == 0
+    node1.reboot()
+    assert command(node1, "--allocate", "task", "2", "2", "--export").code == 0
+
+
+def test_living_job_that_the_document_has_lost_outranks_a_claim(login: Host, node1: Host, store: Store) -> None:
+    lost = login.start(["gpu-resource", "--run", "lost", "4", "2", *ON_NODE, "--", "sh", "-c", READY])
+    assert lost.stdout is not None and lost.stdout.readline() == b"ready\n"
+
+    def forget(state: Any) -> None:
+        state["servers"][0].update(running_tasks=[], available_gpus=[0, 1, 2, 3], available_cpus=8)
+
+    store.update(forget)
+    ran = run_any(login, "echo", "a second job on these GPUs", how=ON_NODE)
+    assert (ran.code, ran.out, tasks(store.read())) == (125, "", ["lost"])
+    lost.send_signal(signal.SIGTERM)
+
+
+def test_stray_file_of_another_user_stops_nobody(login: Host, store: Store) -> None:
+    assert run_any(login, "true").code == 0
+    state: Any = store.read()
+    stray = f"/run/lock/gpu-lease-{state['pool']}-"
+    script = f"ln -s loop {stray}a; ln -s {stray}b {stray}b; mkdir {stray}c; mkfifo {stray}{'d' * 32}"
+    assert login.run(["sh", "-c", script], user="dashy").code == 0
+    deep = f"(printf 'granted \\n'; head -c 200000 /dev/zero | tr '\\0' '[') > {stray}{'e' * 32}"
+    login.start(["sh", "-c", f"{deep}; exec flock {stray}{'e' * 32} sleep 1000"], user="dashy")
+    becomes(lambda: pids(login, "sleep"))
+    for words in (["--status"], ["--reclaim"], ["--allocate", "task", "2", "2"], ["--release", "task"]):
+        ran = command(login, *words)
+        assert (ran.code, ran.err) == (0, ""), words
 
 
 def test_missing_ssh_is_said(login: Host, store: Store) -> None:
