@@ -696,8 +696,8 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
             described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
             create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
-            limit_s = 10 if create is False else library.DEFAULT_LOCK_TIMEOUT_S  # for a look nobody waits a minute
-            manager = library.GPUResourceManagerV01(lock_timeout_s=limit_s, create=create, **described)
+            limit: Any = {"lock_timeout_s": 10} if create is False else {}  # for a look nobody waits a minute
+            manager = library.GPUResourceManagerV01(create=create, **limit, **described)
             return output.done(command_of(args.command)(manager, args))
         except library.MissingPackageError:
             raise
@@ -710,7 +710,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         problem = say("必要なパッケージを読み込めません: {}", getattr(error, "reason", error))
         remedy = "cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください"
         if hasattr(error, "package"):  # that only this pool needs
-            problem, _, remedy = str(error).partition(say("\n  対処: {}", ""))
+            problem, _, remedy = str(error).partition("\n" + say("  対処: {}", ""))
             raise Refusal(EXIT_USAGE, "missing_package", problem, remedy) from error
         if "gpu_resource_extensions" in str(error):
             remedy = "gpu_resource_extensions を {} に置いてください"

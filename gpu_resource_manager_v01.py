@@ -1218,7 +1218,10 @@ def lock_in_time(descriptor: int, deadline_s: float) -> bool:
             with suppress(RuntimeError):  # no thread for us: then we poll
                 _thread.start_new_thread(stand_in_queue, ())
                 try:
-                    answered.acquire(timeout=min(max(0, deadline_s - time.monotonic()), _thread.TIMEOUT_MAX))
+                    # In slices, for a signal that comes just ahead of such a wait does not end it.
+                    while not answered.acquire(timeout=max(0, min(1, deadline_s - time.monotonic()))):
+                        if time.monotonic() >= deadline_s:
+                            break
                 finally:
                     _abandoned.add(descriptor)  # ahead of the decision, after which the thread may discard it
                     given_up = decided.acquire(blocking=False)

@@ -4,8 +4,8 @@
     python benchmarks/failover_redis.py [--promotions N] [--clients N] [--changes N] [--behind CHANGES] [--json FILE]
 
 As ``failover.py`` for PostgreSQL. With ``min-replicas-to-write 1`` a change is acknowledged once the replica has it.
-``--behind``: the replica is stopped that many acknowledged changes ahead of the primary's death, as a slow network
-would have it; where it has to confirm each change, there are none. What a client could not find out is unconfirmed.
+``--behind``: the network between the two hangs that many acknowledged changes ahead of the primary's death; where the
+replica has to confirm each change, there are none. What a client could not find out is unconfirmed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from database_servers import wait_until
 from failover import LOCK_TIMEOUT_S, note
-from redis_servers import Proxy, RedisServer
+from redis_servers import Link, Proxy, RedisServer
 
 from gpu_resource_manager_v01 import StateFileError, new_state, open_store
 
@@ -68,14 +67,11 @@ def measure(replicas: int, promotions: int, clients: int, changes: int, behind: 
             end = len(known("acknowledged")) + count
             wait_until(lambda: len(known("acknowledged")) >= end, "changes")
 
-        def replica_of(server: RedisServer | None) -> RedisServer:
-            made = stack.enter_context(RedisServer(server, min_replicas_to_write=replicas))
-            if server:
-                wait_until(lambda: made.ask("INFO", "replication")["master_link_status"] == "up", "a replica")
-            return made
+        def replica_of(server: RedisServer) -> tuple[RedisServer, Link, RedisServer]:
+            link = Link(server)
+            return server, link, stack.enter_context(RedisServer(link, min_replicas_to_write=replicas))
 
-        primary = replica_of(None)
-        replica = replica_of(primary)
+        primary, link, replica = replica_of(stack.enter_context(RedisServer(min_replicas_to_write=replicas)))
         open_store(primary.url(), LOCK_TIMEOUT_S).create(new_state(2))
         done, address = fork.Event(), stack.enter_context(Proxy(primary.url()))
         workers = [fork.Process(target=client, args=(address.url, n, journals[n], done)) for n in range(clients)]
@@ -85,16 +81,16 @@ def measure(replicas: int, promotions: int, clients: int, changes: int, behind: 
         for _ in range(promotions):
             more(changes)
             if behind:
-                replica.signal(signal.SIGSTOP)
+                link.hold()
                 if replicas:
                     wait_until(lambda server=primary: server.ask("INFO", "clients")["blocked_clients"], "a wait")
                 else:
                     more(behind)
             primary.kill()
-            replica.signal(signal.SIGCONT)
+            link.cut()
             replica.promote()
             address.target = ("127.0.0.1", replica.port)
-            primary, replica = replica, replica_of(replica)
+            primary, link, replica = replica_of(replica)
         more(changes)
         done.set()
         for worker in workers:

