@@ -239,7 +239,7 @@ class NoCapacityError(ResourceManagerError, Shortfall):
 
 
 class WaitCancelledError(NoCapacityError):
-    """Asking: somebody has released the request while it waited."""
+    """Asking: somebody has released the request while it waited, or it gave no sign of life for a minute."""
 
     template = "タスク {task_id!r} の待機は取り消されました"
 
@@ -308,7 +308,10 @@ _LACKING = "タスク %s の GPU %s は、記録では他のタスクのもの�
 UNKNOWN_TASK = "タスクが見つかりません: %s"
 # For InvalidRequestError: the problem, and what to do.
 _NO_PATH = "がファイルのパスではありません", "パスを文字列で指定してください"
-_RELATIVE = "が絶対パスではありません", "/ で始まる状態ファイルのパスを指定してください"
+_RELATIVE = (
+    "が絶対パスではありません",
+    "/ で始まる状態ファイルのパスか、postgresql:// か redis:// の場所を指定してください",
+)
 _NO_LANGUAGE = "の言語はありません", "ja か en を指定するか、指定をやめてください"
 _NO_SECONDS = "が秒数ではありません", "0 以上 10 億以下の数か math.inf を指定してください"
 _OUT_OF_RANGE = "が正しくありません", "{least}-{most} の整数を指定してください"
@@ -1300,7 +1303,8 @@ def named_place(machine_file: str) -> str | None:
         if not place:
             raise StateFileError(machine_file, *map(say, _EMPTY_MACHINE_FILE))
     if not os.path.isabs(place) and not is_url(place):
-        raise InvalidRequestError(named_by, place, *_RELATIVE)
+        shown = "…" if re.search("@|password", place) else place  # a URL with a slip in it may hold a password
+        raise InvalidRequestError(named_by, shown, *_RELATIVE)
     return place
 
 
@@ -1370,7 +1374,7 @@ def open_store(place: str, lock_timeout_s: float, lock_name: str = LOCK_FILE) ->
 
 def is_url(place: str) -> bool:
     """Tell whether a place is that of a database; every path may be made absolute."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", place) is not None
+    return re.match(r"\w[\w+.-]*://", place) is not None
 
 
 class JsonFileStore(Store):
@@ -1584,6 +1588,8 @@ class GPUResourceManagerV01:
         check_seconds("lock_timeout_s", lock_timeout_s)
         described = self._described(servers, min_gpus)
         self._store, self._is_made_up = open_store(path, lock_timeout_s, self.LOCK_FILE), False
+        self._reclaimed: list[str] = []  # by the last change
+        self._swept = True  # the leases that no document names
         self.resource_file = self._store.path
         is_described = servers is not None or min_gpus is not None
         self._is_named, self._shows_what_would_be = named is not None, create is False and named is None
@@ -1722,7 +1728,7 @@ class GPUResourceManagerV01:
         request["only_server_name"], request["excluded_server_names"] = server, [*excluded_servers]
         with self._bound(request) as bound:
             bound.prefer_this_machine()
-            bound.granted = self._granted(bound.ask(wait_s, on_wait, is_claim=True))
+            self._granted(bound.ask(wait_s, on_wait, is_claim=True))
             yield bound
 
     def release_resources(self, task_id: str, force: bool = False) -> bool:
@@ -1776,9 +1782,8 @@ class GPUResourceManagerV01:
 
     def reclaim_ended(self) -> list[str]:
         """Take back what has ended, as every change does; return the identifiers of those tasks and requests."""
-        ended: list[str] = self.get_resource_summary().get("ended_tasks", [])
         self._change(lambda state: None)
-        return ended
+        return self._reclaimed
 
     def _check_owner(self, record: Any, force: bool) -> None:
         owner = record.get("uid")
@@ -1990,11 +1995,11 @@ class GPUResourceManagerV01:
 
         def whole_change(state: State) -> T:
             has_leases = os.path.isdir(self._store.lease_directory)
-            if has_leases:
+            if has_leases and "clock" not in state:
                 # Deleting what no document names has no effect that a second call could see. Ahead of the reclaim:
                 # what that takes back is still named by the document on the disk.
                 self._leases(state).sweep(records(state))
-            ended = self._reclaim(state)
+            ended = self._reclaimed = self._reclaim(state)
             if ended:
                 log().info(say("終了したタスクを回収しました: %s"), ended)
             for task_id, gpus in self._leases(state).put_back(state).items() if has_leases else ():
@@ -2006,7 +2011,12 @@ class GPUResourceManagerV01:
             admit(state)
             has_disabled = any("disabled" in server for server in state["servers"])
             state["version"] = DISABLED_VERSION if has_disabled else FORMAT_VERSION
-            self._is_made_up = is_made_up(state)
+            self._is_made_up, self._swept = is_made_up(state), "clock" not in state or not self._leases(state).has_old()
             return result
 
-        return self._store.update(whole_change, instead_of_unusable)
+        result = self._store.update(whole_change, instead_of_unusable)
+        if not self._swept:  # the change of a database is no lock: only what is named neither before nor after it goes
+            state = self._store.read()
+            with failures_reported(self.resource_file):
+                self._leases(state).sweep(records(state))
+        return result

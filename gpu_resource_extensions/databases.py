@@ -183,7 +183,7 @@ def needed(package: str) -> Iterator[None]:
 
 def open_database(place: str, lock_timeout_s: float) -> Store:
     """Return the store of the pool in the database at ``place``, a URL."""
-    scheme = place.partition("://")[0]
+    scheme = place.partition("://")[0].lower()
     if scheme in ("postgresql", "postgres"):
         from gpu_resource_extensions.postgresql_store import PostgreSQLStore
 

@@ -87,7 +87,9 @@ ENGLISH: dict[str, str] = {
     "がファイルのパスではありません": "is no path of a file",
     "パスを文字列で指定してください": "give the path as a text",
     "が絶対パスではありません": "is no absolute path",
-    "/ で始まる状態ファイルのパスを指定してください": "give the path of the state file, which begins with /",
+    "/ で始まる状態ファイルのパスか、postgresql:// か redis:// の場所を指定してください": (
+        "give the path of the state file, which begins with /, or a postgresql:// or redis:// place"
+    ),
     "の言語はありません": "is no language that we speak",
     "ja か en を指定するか、指定をやめてください": "use ja or en, or leave it unset",
     "が秒数ではありません": "is no number of seconds",
@@ -430,13 +432,17 @@ ENGLISH: dict[str, str] = {
     "が長すぎます (ssh で渡せるのは {most} バイトまで、これは {bytes} バイト)": (
         "is too long (ssh can hand over {most} bytes, and this is {bytes})"
     ),
+    "がコマンドとして読めません": "cannot be read as a command",
+    "ssh のコマンドを、シェルに書くとおりに指定してください": "give the ssh command as you would write it in a shell",
     "引数をファイルに書き、コマンドからそれを読んでください": (
         "write the arguments into a file, and let the command read that"
     ),
     "どのサーバーでも始められませんでした: {names}\n"
-    "  対処: ssh {first} gpu-resource --version が動くことを確認してください (上に ssh のメッセージがあります)": (
+    "  対処: ssh {first} gpu-resource --status が同じプールを表示することを確認してください"
+    " (ssh や接続先のメッセージは上にあります)": (
         "It could be started on no server: {names}\n"
-        "  What to do: see that ssh {first} gpu-resource --version works (what ssh has to say stands above)"
+        "  What to do: see that ssh {first} gpu-resource --status shows the same pool"
+        " (what ssh and the other end had to say stands above)"
     ),
     "{server} で作業ディレクトリに入れません: {directory}: {reason}\n"
     "  対処: 全サーバーで共有しているディレクトリで実行してください": (

@@ -2,8 +2,8 @@
 
 A lease is a file that its maker keeps locked with ``flock``. Processes that inherit the descriptor, by ``fork``
 and through ``exec``, hold the same lock, and the kernel frees it when the last of them is gone; so it tells
-whether any process of a job lives, right in every pid namespace and after every kind of death. No heartbeat, no
-pid. Its first line is one of the words below; the second is a ``Claim`` as JSON once that word is ``granted``.
+whether any process of a job lives, right in every pid namespace and after every kind of death, without a pid.
+Its first line is one of the words below; the second is a ``Claim`` as JSON once that word is ``granted``.
 
 A job is judged only on the machine that it runs on. What nothing uses yet, for it waits or was granted and not
 taken up, has ``seen`` in its record and lapses: its owner gives a sign of life every ``SIGN_S`` seconds, and who is
@@ -24,7 +24,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict, cast
 
 from gpu_resource_extensions.servers import append_server, unheld_gpus
@@ -170,10 +170,8 @@ class Lease:
         """Give a sign of life: a time stamp by the clock of the kernel that nobody can set."""
         os.utime(self.descriptor, (now_s(), now_s()))
 
-    def say_granted(self, server: Server, task: Task, keeper: int) -> bool:
-        """Write what the lease stands for, once its taking up is committed; ``False`` if it was released since."""
-        if os.pread(self.descriptor, len(RELEASED), 0) == RELEASED:
-            return False
+    def say_granted(self, server: Server, task: Task, keeper: int) -> None:
+        """Write what the lease stands for, as part of the change by which it is taken up; twice is as good as once."""
         claim: Claim = {
             "task": task,
             "server_name": server["server_name"],
@@ -183,7 +181,6 @@ class Lease:
         }
         os.pwrite(self.descriptor, json.dumps(claim, ensure_ascii=False).encode("utf-8", "backslashreplace"), 9)
         os.pwrite(self.descriptor, GRANTED, 0)  # last: what it says is complete whenever we are killed
-        return True
 
     def give_up(self) -> bool:
         """Close the descriptor; tell whether no child holds the lease either, file or no file."""
@@ -282,7 +279,7 @@ class Leases:
         if not isinstance(seen, int):
             return False
         if self.clock_s is not None:
-            return self.clock_s - seen > LAPSE_S
+            return abs(self.clock_s - seen) > LAPSE_S  # a clock that steps back must not keep it either
         with suppress(OSError):
             return self._is_here(record) and now_s() - os.stat(self._path(name)).st_mtime > LAPSE_S
         return False
@@ -294,17 +291,25 @@ class Leases:
     def sweep(self, named: Iterable[Requester]) -> None:
         """Delete free leases that none of these records names; called with the document locked.
 
-        The document of a database may have changed since it was read, and name one that was made meanwhile: there
-        the young ones are left alone.
+        In a directory of everybody only those of this user, and no young ones: the document of a database may have
+        changed since it was read.
         """
         unnamed = {*self._names()}
         for name in unnamed.difference(str(record.get("lease")) for record in named) if unnamed else ():
-            # In a directory of everybody, it may be another user's to delete, at the next change of theirs.
-            # And whatever else somebody puts there is no reason to fail.
-            with suppress(OSError) if self.prefix else nullcontext():
-                if self.clock_s is None or time.time() - os.lstat(self._path(name)).st_ctime > LAPSE_S:
-                    # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
-                    self._free(name, fcntl.LOCK_EX, self.delete)
+            if not self.prefix or self._is_old(name):
+                # Deleted while we hold it: its maker may have opened it, but not locked it, and then sees.
+                self._free(name, fcntl.LOCK_EX, self.delete)
+
+    def has_old(self) -> bool:
+        """Tell whether there are leases that may be left over, in a directory of everybody."""
+        return bool(self.prefix) and any(map(self._is_old, self._names()))
+
+    def _is_old(self, name: str) -> bool:
+        with suppress(OSError):
+            found = os.lstat(self._path(name))
+            is_ours = stat.S_ISREG(found.st_mode) and os.getuid() in (0, found.st_uid)
+            return is_ours and time.time() - found.st_ctime > LAPSE_S
+        return False
 
     def put_back(self, state: State) -> dict[str, list[int]]:
         """Do as :func:`put_back` for all living jobs of this machine, the oldest first; ``{}`` if none lacks a GPU."""

@@ -2,7 +2,7 @@
 
 1. Here: claim room with a lease, and start ``ssh NAME 'exec gpu-resource --take CLAIM JOB'``.
 2. There: a lease of its own takes the record over in one change, which is refused a second time; the job runs as with
-   ``--run``. When the connection is gone, which kills our parent, the job is hung up.
+   ``--run``. When our parent is gone, which is the session of sshd, so is the connection, and the job is hung up.
 3. Here: give signs of life until ``ssh`` ends, and then ask the store, not ``ssh``, what has happened, for its 255
    may be the job's: a claim that is still there was never taken over, so the next server is tried.
 
@@ -13,6 +13,7 @@ otherwise.
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import shlex
@@ -56,6 +57,7 @@ _ONE_MACHINE = (
     "/etc/gpu-resource-file に postgresql:// か redis:// の場所を書くか、--any と --on を外してください",
 )
 _NO_JOB = "は --any や --on が渡すものではありません", "--run … --any か --run … --on NAME を使ってください"
+_NO_COMMAND = "がコマンドとして読めません", "ssh のコマンドを、シェルに書くとおりに指定してください"
 _TOO_LONG = (
     "が長すぎます (ssh で渡せるのは {most} バイトまで、これは {bytes} バイト)",
     "引数をファイルに書き、コマンドからそれを読んでください",
@@ -67,11 +69,12 @@ class UnreachableError(ResourceManagerError):
 
     template = (
         "どのサーバーでも始められませんでした: {names}\n"
-        "  対処: ssh {first} gpu-resource --version が動くことを確認してください (上に ssh のメッセージがあります)"
+        "  対処: ssh {first} gpu-resource --status が同じプールを表示することを確認してください"
+        " (ssh や接続先のメッセージは上にあります)"
     )
 
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.first = ", ".join(names), names[0]
+    def __init__(self, servers: list[str]) -> None:
+        self.servers, self.names, self.first = servers, ", ".join(servers), quoted(servers[0])
 
 
 class DirectoryError(ResourceManagerError):
@@ -118,6 +121,9 @@ def run_anywhere(
     """
     if not is_url(manager.resource_file):
         raise InvalidRequestError("resource_file", manager.resource_file, *_ONE_MACHINE)
+    if not words[0]:
+        raise CommandError("''", FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+    ssh, far = ssh_words(), (os.environ.get(REMOTE_VARIABLE) or "").strip() or "gpu-resource"
     pool: Any = manager.get_resource_summary()
     if server is not None:
         find_server(pool, server)
@@ -130,7 +136,6 @@ def run_anywhere(
     job["language"] = os.environ.get(LANGUAGE_VARIABLE, "")
 
     def far_command(name: str, claim: str) -> str:
-        far = os.environ.get(REMOTE_VARIABLE) or "gpu-resource"
         return f"exec {far} --take {claim} {packed({**job, 'server': name})}"
 
     names = [row["server_name"] for row in pool["servers"]]
@@ -140,7 +145,7 @@ def run_anywhere(
     deadline_s, put_stdin_back = time.monotonic() + wait_s, stdin_restorer()
     skipped: list[str] = []
     while True:
-        left_s, code = max(0, deadline_s - time.monotonic()), None
+        left_s, code, is_claimed = max(0, deadline_s - time.monotonic()), None, False
         try:
             with manager.claim(
                 task_id,
@@ -152,7 +157,7 @@ def run_anywhere(
                 server=server,
                 excluded_servers=skipped,
             ) as claim:
-                granted = claim.granted
+                granted, is_claimed = claim.granted, True
                 name = granted["server_name"]
                 if claim.is_here:
                     asked = task_id, gpus, cpus
@@ -160,13 +165,14 @@ def run_anywhere(
                     claim.is_taken = True
                     return code, granted
                 line.end(say("✓ {} の GPU {} で実行します: {}", name, granted["gpu_devices"], task_id))
-                code, has_connected = through_ssh(name, far_command(name, claim.lease.name), claim)
+                code, has_connected = through_ssh(ssh, name, far_command(name, claim.lease.name), claim)
                 fate = claim.fate()
         except ResourceManagerError as error:
             if code is not None:  # that of the job, for all we know
                 tell(say("✗ {} で何が起きたか確認できません: {}", name, error))
                 return code, granted
-            if not skipped or not isinstance(error, InvalidRequestError) or isinstance(error, DuplicateTaskError):
+            is_other = is_claimed or not isinstance(error, InvalidRequestError) or isinstance(error, DuplicateTaskError)
+            if not skipped or is_other:
                 raise
             raise UnreachableError(skipped) from None
         if fate != "withdrawn":
@@ -193,18 +199,32 @@ def stdin_restorer() -> Callable[[], bool]:
     return lambda: is_endless or (start is not None and os.lseek(0, start, os.SEEK_SET) == start)
 
 
-def through_ssh(name: str, far_command: str, claim: BoundRequest) -> tuple[int, bool]:
+def ssh_words() -> list[str]:
+    """Return the words of the ssh command, as the environment has it."""
+    value = os.environ.get(SSH_VARIABLE, "").strip() or "ssh"
+    with suppress(ValueError):
+        words = shlex.split(value)
+        if words[0]:
+            return words
+    raise InvalidRequestError(SSH_VARIABLE, value, *_NO_COMMAND)
+
+
+def through_ssh(ssh: list[str], name: str, far_command: str, claim: BoundRequest) -> tuple[int, bool]:
     """Run a command on the server ``name``, with our terminal and streams.
 
     :returns: its exit code, or that of ssh, and whether there was a connection, over which ssh reads stdin at once.
     """
     has_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-    ssh = shlex.split(os.environ.get(SSH_VARIABLE) or "ssh")
     options = ["ConnectTimeout=10", "ServerAliveInterval=15", "LogLevel=ERROR"]
+    options += ["RemoteCommand=none", "EscapeChar=none"]  # the command is ours, and a tilde is for the job
     options += ["ControlMaster=no", "ControlPath=none"]  # the end of a shared connection would not be that of the job
     options += [] if has_terminal else ["BatchMode=yes"]
     words = [*ssh, "-t" if has_terminal else "-T", *(word for option in options for word in ("-o", option))]
-    with TemporaryDirectory() as directory:
+    try:
+        temporary = TemporaryDirectory()
+    except OSError as error:
+        raise CommandError(ssh[0], error) from error
+    with temporary as directory:
         mark = os.path.join(directory, "connected")
         words += ["-o", "PermitLocalCommand=yes", "-o", f"LocalCommand=: >{quoted(mark)}"]
         code = wait_for([*words, "--", name, far_command], claim)
@@ -241,8 +261,12 @@ def run_taken(
     tell_start: Callable[[str], None],
     tell: Callable[[str], None],
     failure: ResourceManagerError | None = None,
+    is_far: bool = False,
 ) -> tuple[int, Allocation]:
-    """Take ``claim`` over and run the command on this machine; a ``failure`` is raised once it is taken over."""
+    """Take ``claim`` over and run the command on this machine; a ``failure`` is raised once it is taken over.
+
+    :param is_far: it ends with our connection.
+    """
 
     def held(keeper: Keeper) -> AbstractContextManager[Allocation]:
         return manager.allocation(*asked, claim=claim, keeper=keeper)
@@ -250,7 +274,7 @@ def run_taken(
     if failure:
         with manager.allocation(*asked, claim=claim):
             raise failure
-    return run_held(held, asked[0], words, tool, tell_start, tell)
+    return run_held(held, asked[0], words, tool, tell_start, tell, is_far)
 
 
 def take(
@@ -273,4 +297,4 @@ def take(
         os.chdir(job["directory"])
     except OSError as error:
         failure = DirectoryError(job["server"], job["directory"], error)
-    return run_taken(manager, claim, tuple(job["asked"]), job["words"], tool, lambda text: None, tell, failure)
+    return run_taken(manager, claim, tuple(job["asked"]), job["words"], tool, lambda text: None, tell, failure, True)

@@ -160,8 +160,12 @@ def run_held(
     tool: str,
     tell_start: Callable[[str], None],
     tell: Callable[[str], None],
+    is_far: bool = False,
 ) -> tuple[int, Allocation]:
-    """Run a command while the block of ``held`` gives it its GPUs; all else is as in :func:`run_job`."""
+    """Run a command while the block of ``held`` gives it its GPUs; all else is as in :func:`run_job`.
+
+    :param is_far: it is hung up, with all of its group, when our connection is gone.
+    """
     code = None
 
     def report_left(pid: int) -> None:
@@ -172,7 +176,7 @@ def run_held(
         )
         tell(say(text, quoted(task_id), who))
 
-    job = Job(words, report_left)
+    job = Job(words, report_left, is_far)
     try:
         with held(job.kept) as granted:
             server, gpus = granted["server_name"], granted["gpu_devices"]
@@ -201,9 +205,12 @@ def new_task_id(words: Sequence[str]) -> str:
 class Job:
     """A command that runs under a keeper, seen from ``--run``. For the main thread of a process of its own."""
 
-    def __init__(self, words: list[str], report_left: Callable[[int], None]) -> None:
-        """:param report_left: called with the pid below which processes of the job outlive the command."""
-        self.words, self.report_left = words, report_left
+    def __init__(self, words: list[str], report_left: Callable[[int], None], is_far: bool = False) -> None:
+        """:param report_left: called with the pid below which processes of the job outlive the command.
+
+        :param is_far: as for :func:`run_held`.
+        """
+        self.words, self.report_left, self.is_far = words, report_left, is_far
         self.keeper = self.pid = 0  # 0: not started, or ended and reaped
         self.takes_over = False  # the keeper has not ended by itself
         self.code: int | None = None  # of the command, once it has ended
@@ -276,7 +283,7 @@ class Job:
                     return self.code
                 if self.pid:
                     for number in received:
-                        if number == signal.SIGHUP and os.getsid(0) == os.getpid():
+                        if number == signal.SIGHUP and self.is_far and os.getsid(0) == os.getpid():
                             # Our connection is gone, and the group is that of the job and ours alone.
                             os.killpg(0, signal.SIGHUP)
                             signal.sigtimedwait({signal.SIGHUP}, 0)  # our own

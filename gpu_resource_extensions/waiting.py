@@ -72,10 +72,10 @@ def renew(state: State, lease: str) -> bool:
     return bool(found)
 
 
-def take_up(state: State, request: Request) -> tuple[Server, Task]:
-    """Return what ``request`` was granted, from now on in use."""
+def take_up(state: State, request: Request, granted: Allocation) -> tuple[Server, Task]:
+    """Return what ``request`` was granted, from now on in use, if it still has all of that."""
     for server, task in placed_tasks(state):
-        if task.get("lease") == request["lease"]:
+        if task.get("lease") == request["lease"] and allocation_of(server, task)["gpu_ids"] == granted["gpu_ids"]:
             task.pop("seen", None)
             return server, task
     raise WaitCancelledError(request["task_id"], shortfall(state, request))
@@ -159,7 +159,7 @@ class BoundRequest:
             return {**self.request, "seen": state.get("clock", 0)} if wait_s or is_claim else self.request
 
         if not wait_s:
-            return self._change(lambda state: ask_once(state, asked(state)))  # type: ignore[no-any-return]
+            return self._answer(self._change(lambda state: ask_once(state, asked(state))))
         deadline_s = time.monotonic() + wait_s
         answer: Allocation | Shortfall = self._change(lambda state: ask(state, asked(state)))
         told, seen, look_again_s = "", None, 0.0
@@ -184,6 +184,11 @@ class BoundRequest:
                 answer = self._change(lambda state: outcome(state, self.request))
         if isinstance(answer, Shortfall):
             answer = self._change(lambda state: conclude(state, self.request))
+        return self._answer(answer)
+
+    def _answer(self, answer: Allocation | Shortfall) -> Allocation | Shortfall:
+        if not isinstance(answer, Shortfall):
+            self.granted = answer
         return answer
 
     def prefer_this_machine(self) -> None:
@@ -214,11 +219,12 @@ class BoundRequest:
         return is_there
 
     def take_up(self, keeper: int) -> None:
-        """Let what was granted be in use, and the lease say so, if it still stands; ahead of anything that uses it."""
-        server, task = self._change(lambda state: take_up(state, self.request))
-        with failures_reported(self._store.path):
-            if not self.lease.say_granted(server, task, keeper):
-                raise WaitCancelledError(self.request["task_id"], Shortfall(self.request))
+        """Let what was granted be in use, and the lease say so, if it still stands; ahead of anything that uses it.
+
+        The lease says so as a part of the change: whoever releases the task by force then comes before or after it. A
+        change that is not committed does no harm, for the lease is given up then.
+        """
+        self._change(lambda state: self.lease.say_granted(*take_up(state, self.request, self.granted), keeper))
 
     def take_over(self, claim: str) -> Allocation:
         """Have what another machine has claimed for this one, once.
@@ -229,11 +235,17 @@ class BoundRequest:
         if granted is None:
             server = str(self.request["only_server_name"])
             raise ClaimGoneError(self.request["task_id"], server, self._store.path)
+        self.granted = granted
         return granted
 
     def unbind(self) -> None:
-        """Let what was granted live until it is released."""
-        self._change(lambda state: unbind(state, self.request))
+        """Let what was granted, if it still stands, live until it is released."""
+
+        def unbound(state: State) -> None:
+            take_up(state, self.request, self.granted)
+            unbind(state, self.request)
+
+        self._change(unbound)
 
     def fate(self) -> str:
         """Withdraw the claim if nobody has taken it over; return what has become of it.

@@ -14,7 +14,7 @@ from memory_store import MemoryStore
 
 import gpu_resource_manager_v01
 from gpu_resource_extensions.leases import LAPSE_S, Leases
-from gpu_resource_extensions.waiting import ClaimGoneError
+from gpu_resource_extensions.waiting import BoundRequest, ClaimGoneError
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     InvalidRequestError,
@@ -298,3 +298,59 @@ def test_leases_of_a_shared_directory_are_told_apart_by_their_pool(tmp_path: Pat
     assert [name.startswith(f"gpu-lease-{'1' * 32}-") for name in os.listdir(tmp_path)] == [True]
     record: Any = {"lease": lease.name, "boot": boot_id()}
     assert one.is_ended(record) and not other.is_ended(record)
+
+
+# --- Whoever is late ------------------------------------------------------------------------------
+
+
+def test_late_reservation_is_not_told_that_it_has_the_gpus_of_another(
+    pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = GPUResourceManagerV01(pool, servers=[("here", 4, 8)])
+    manager.obtain_resources("first", 4, 8)
+    unbind = BoundRequest.unbind
+
+    def late(bound: BoundRequest) -> None:
+        lapse(pool.parent / ".leases")
+        manager.obtain_resources("other", 4, 8)
+        unbind(bound)
+
+    monkeypatch.setattr(BoundRequest, "unbind", late)
+
+    def release(position: int, reason: str) -> None:
+        manager.release_resources("first")
+
+    with pytest.raises(WaitCancelledError):
+        manager.obtain_resources("late", 4, 8, wait_s=GUARD_S, on_wait=release)
+    assert running(manager.get_detailed_status()) == ["other"]
+
+
+def test_task_that_is_released_by_force_while_it_is_taken_up_does_not_start(
+    pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_RESOURCE_SERVER", "here")
+    manager = GPUResourceManagerV01(pool, servers=[("here", 4, 8)])
+    take_up = BoundRequest.take_up
+
+    def late(bound: BoundRequest, keeper: int) -> None:
+        manager.release_resources("job", force=True)
+        take_up(bound, keeper)
+
+    monkeypatch.setattr(BoundRequest, "take_up", late)
+    with pytest.raises(WaitCancelledError), manager.allocation("job", 4, 8):
+        pass
+    assert running(manager.get_detailed_status()) == []
+
+
+def test_clock_that_steps_back_keeps_no_claim_of_the_dead(lab: GPUResourceManagerV01, shared: SharedStore) -> None:
+    with lab.claim("task", 4, 1):
+        shared.clock_s -= 10 * LAPSE_S
+        assert lab.reclaim_ended() == ["task"]
+
+
+def test_only_leases_of_this_user_that_are_not_young_are_swept(tmp_path: Path) -> None:
+    leases = Leases(str(tmp_path), "1" * 32, 0)
+    assert leases.make().give_up()
+    assert not leases.has_old()
+    leases.sweep([])
+    assert len(os.listdir(tmp_path)) == 1, "for a document that has changed meanwhile may name it"
