@@ -7,9 +7,9 @@ Three guarantees:
 * what a task bound to a lease holds is its own until its last process is gone, and comes back then, however it ended.
 
 :class:`GPUResourceManagerV01` is what others use: ``allocate_resources`` (``None`` if there is no room),
-``obtain_resources`` (raises instead), ``allocation`` (a ``with`` block), ``release_resources``, ``stop_task``,
-``get_resource_summary``, ``get_overview``, ``get_detailed_status``, ``reset_resources``, ``add_server``,
-``remove_server``, ``disable``, ``enable``.
+``obtain_resources`` (raises instead), ``allocation`` (a ``with`` block), ``claim`` (the same on another machine),
+``release_resources``, ``stop_task``, ``reclaim_ended``, ``get_resource_summary``, ``get_overview``,
+``get_detailed_status``, ``reset_resources``, ``add_server``, ``remove_server``, ``disable``, ``enable``.
 
 The module reads from top to bottom, one room after the other:
 
@@ -21,10 +21,10 @@ The module reads from top to bottom, one room after the other:
    stand beside: ``servers.py`` of ``gpu_resource_extensions/`` adds, removes and disables, ``hosts.py`` finds the
    server that a machine is.
 4. **This machine.** Files, locks, who asks. Whether the processes of a task live, and what follows, stands in
-   ``gpu_resource_extensions/leases.py``. What only this machine can know, such as who else uses its GPUs, goes
-   there; what follows from it is a decision.
+   ``gpu_resource_extensions/leases.py``, and what a request does that waits in ``waiting.py``. What only this machine
+   can know, such as who else uses its GPUs, goes there; what follows from it is a decision.
 5. **The store.** :class:`Store` is the contract, :class:`JsonFileStore` keeps it. Another store is a module
-   in ``gpu_resource_extensions/`` and a line in :func:`open_store`.
+   in ``gpu_resource_extensions/`` and a line in ``databases.py`` there.
 6. **The manager.** Public methods, each a few lines over the rooms above.
 """
 
