@@ -293,30 +293,6 @@ def when_to_retry(args: argparse.Namespace) -> str:
     return say(text if args.wait is None else "空きが出てから再実行してください")
 
 
-def cmd_run(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_manager_v01 import quoted
-
-    line, command = WaitingLine(once=True), " ".join(map(quoted, args.job))
-    how = manager, args.run, args.job, our_directory(), command, args.wait or 0, line, show_error
-    if args.any or args.on is not None:
-        from gpu_resource_extensions.remote_run import run_anywhere
-
-        code, granted = run_anywhere(*how, args.on)
-    else:
-        from gpu_resource_extensions.run_job import run_job
-
-        code, granted = run_job(*how)
-    return (code, {**granted, "exit_code": code}, lambda _: "")
-
-
-def cmd_take(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    from gpu_resource_extensions.remote_run import take
-
-    claim, job = args.take
-    code, granted = take(manager, claim, job, our_directory(), show_error)
-    return (code, {**granted, "exit_code": code}, lambda _: "")
-
-
 def done(template: str, **result: Any) -> Answer:
     return (EXIT_OK, result, lambda facts: say(template, **facts))
 
@@ -673,7 +649,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
     help_alone = not ({*words} - {"-h", "--help", "--json"} or job)
     if not help_alone:
         args = parse(build_parser(), words, job)
-        args.output = output
+        args.output, args.new_line, args.tell, args.our_directory = output, WaitingLine, show_error, our_directory
         if args.export and args.allocate and not can_show(args.allocate[0]):
             problem = say("タスクIDを正確に出力できません: {!r}", args.allocate[0])
             remedy = say("この端末の文字コードで表せるタスクIDを指定してください")

@@ -1,4 +1,7 @@
-"""Commands of the command line that change the servers of a pool or act for them, and the question ahead of a reset."""
+"""Commands of the command line that two files can do without: jobs, servers, and the question ahead of a reset.
+
+``args`` are the words of the command, and what the command line shows people with: ``tell``, ``new_line`` (of a wait).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpu_resource_extensions.screens import render_disabled
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     NoPoolError,
     ResourceManagerError,
     StateFileError,
+    quoted,
     say,
 )
 
@@ -71,6 +74,8 @@ def gpus_of_server(text: str, manager: GPUResourceManagerV01) -> tuple[str, list
 
 
 def cmd_disable(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    from gpu_resource_extensions.screens import render_disabled
+
     name, gpus = gpus_of_server(args.disable, manager)
     result = {"server_name": name, "disabled": manager.disable(name, gpus, args.reason or "")}
     end = say("  そこで動いているタスクは、終わるまでそのまま続きます")
@@ -78,6 +83,8 @@ def cmd_disable(manager: GPUResourceManagerV01, args: Any) -> Answer:
 
 
 def cmd_enable(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    from gpu_resource_extensions.screens import render_disabled
+
     name, gpus = gpus_of_server(args.enable, manager)
     result = {"server_name": name, "disabled": manager.enable(name, gpus)}
     lines = [say("✓ 使用を再開しました: {}", args.enable), *render_disabled([result])]
@@ -92,3 +99,25 @@ def cmd_reclaim(manager: GPUResourceManagerV01, args: Any) -> Answer:
         result,
         lambda facts: say("✓ 終了したタスクの回収完了: {}", ", ".join(facts["ended_tasks"]) or say("なし")),
     )
+
+
+def cmd_run(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    line, command = args.new_line(once=True), " ".join(map(quoted, args.job))
+    how = manager, args.run, args.job, args.our_directory(), command, args.wait or 0, line, args.tell
+    if args.any or args.on is not None:
+        from gpu_resource_extensions.remote_run import run_anywhere
+
+        code, granted = run_anywhere(*how, args.on)
+    else:
+        from gpu_resource_extensions.run_job import run_job
+
+        code, granted = run_job(*how)
+    return (code, {**granted, "exit_code": code}, lambda _: "")
+
+
+def cmd_take(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    from gpu_resource_extensions.remote_run import take
+
+    claim, job = args.take
+    code, granted = take(manager, claim, job, args.our_directory(), args.tell)
+    return (code, {**granted, "exit_code": code}, lambda _: "")

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from gpu_resource_extensions.hosts import check_one_machine, server_of_host
 from gpu_resource_extensions.leases import LAPSE_S, SIGN_S, Lease, Leases, now_s
@@ -100,10 +100,8 @@ def take_over(state: State, claim: str, request: Request) -> Allocation | None:
 # --- One request ----------------------------------------------------------------------------------
 
 
-class Change(Protocol):
-    """Who applies a change to the document, with the living and the dead set right ahead of it."""
-
-    def __call__(self, change: Callable[[State], Any]) -> Any: ...
+#: who applies a change to the document, with the living and the dead set right ahead of it
+Change = Callable[[Callable[[State], Any]], Any]
 
 
 class BoundRequest:
