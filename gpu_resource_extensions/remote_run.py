@@ -123,25 +123,11 @@ def run_anywhere(
         raise InvalidRequestError("resource_file", manager.resource_file, *_ONE_MACHINE)
     if not words[0]:
         raise CommandError("''", FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
-    ssh, far = ssh_words(), (os.environ.get(REMOTE_VARIABLE) or "").strip() or "gpu-resource"
     pool: Any = manager.get_resource_summary()
     if server is not None:
         find_server(pool, server)
-    task_id, gpus, cpus = named_task(asked, words, tell)
-    try:
-        directory = os.getcwd()
-    except OSError as error:
-        raise DirectoryError(host_name(), ".", error) from error
-    job = {"asked": [task_id, gpus, cpus], "words": words, "directory": directory}
-    job["language"] = os.environ.get(LANGUAGE_VARIABLE, "")
-
-    def far_command(name: str, claim: str) -> str:
-        return f"exec {far} --take {claim} {packed({**job, 'server': name})}"
-
-    names = [row["server_name"] for row in pool["servers"]]
-    longest = max(len(os.fsencode(far_command(name, "-" * _CLAIM_LENGTH))) for name in names)
-    if longest > MAX_WORD_BYTES:
-        raise InvalidRequestError("command", words[0], *_TOO_LONG, most=MAX_WORD_BYTES, bytes=longest)
+    asked = task_id, gpus, cpus = named_task(asked, words, tell)
+    ssh, far_command = ssh_words(), far_commands(asked, words, [row["server_name"] for row in pool["servers"]])
     deadline_s, put_stdin_back = time.monotonic() + wait_s, stdin_restorer()
     skipped: list[str] = []
     while True:
@@ -160,7 +146,6 @@ def run_anywhere(
                 granted, is_claimed = claim.granted, True
                 name = granted["server_name"]
                 if claim.is_here:
-                    asked = task_id, gpus, cpus
                     code, _ = run_taken(manager, claim.lease.name, asked, words, tool, line.end, tell)
                     claim.is_taken = True
                     return code, granted
@@ -187,6 +172,28 @@ def run_anywhere(
         if has_connected and not put_stdin_back():
             tell(say("注意: 標準入力の先頭が失われたかもしれないため、他のサーバーでは始めません"))
             raise UnreachableError(skipped)
+
+
+def far_commands(asked: tuple[str, int, int], words: list[str], names: list[str]) -> Callable[[str, str], str]:
+    """Return a function that makes our command on a server for a claim.
+
+    :raises InvalidRequestError: it would be too long for one of the servers ``names``.
+    :raises DirectoryError: the current directory has been removed.
+    """
+    try:
+        directory = os.getcwd()
+    except OSError as error:
+        raise DirectoryError(host_name(), ".", error) from error
+    tool = os.environ.get(REMOTE_VARIABLE, "").strip() or "gpu-resource"
+    job = {"asked": asked, "words": words, "directory": directory, "language": os.environ.get(LANGUAGE_VARIABLE, "")}
+
+    def far_command(name: str, claim: str) -> str:
+        return f"exec {tool} --take {claim} {packed({**job, 'server': name})}"
+
+    longest = max(len(os.fsencode(far_command(name, "-" * _CLAIM_LENGTH))) for name in names)
+    if longest > MAX_WORD_BYTES:
+        raise InvalidRequestError("command", words[0], *_TOO_LONG, most=MAX_WORD_BYTES, bytes=longest)
+    return far_command
 
 
 def stdin_restorer() -> Callable[[], bool]:
