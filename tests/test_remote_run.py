@@ -486,8 +486,9 @@ def test_random_kills_leave_nothing_behind_and_share_no_gpu(login: Host, node1: 
         if victims and number % 2:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(victims), signal.SIGKILL)
-    for process in running:
-        process.communicate()
+    while any(process.poll() is None for process in running):  # what the timer does, for some wait for the dead
+        for host in (node1, node2):
+            command(host, "--reclaim")
     store = store_of(lab)
 
     def all_free() -> bool:
