@@ -1589,7 +1589,6 @@ class GPUResourceManagerV01:
         described = self._described(servers, min_gpus)
         self._store, self._is_made_up = open_store(path, lock_timeout_s, self.LOCK_FILE), False
         self._reclaimed: list[str] = []  # by the last change
-        self._swept = True  # the leases that no document names
         self.resource_file = self._store.path
         is_described = servers is not None or min_gpus is not None
         self._is_named, self._shows_what_would_be = named is not None, create is False and named is None
@@ -1993,30 +1992,33 @@ class GPUResourceManagerV01:
     def _change(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
         """Apply ``change``, with the living and the dead set right ahead of it, and the line served after it."""
 
+        leases: Leases | None = None
+
         def whole_change(state: State) -> T:
-            has_leases = os.path.isdir(self._store.lease_directory)
-            if has_leases and "clock" not in state:
+            nonlocal leases
+            leases = self._leases(state) if os.path.isdir(self._store.lease_directory) else None
+            if leases and "clock" not in state:
                 # Deleting what no document names has no effect that a second call could see. Ahead of the reclaim:
                 # what that takes back is still named by the document on the disk.
-                self._leases(state).sweep(records(state))
+                leases.sweep(records(state))
             ended = self._reclaimed = self._reclaim(state)
             if ended:
                 log().info(say("終了したタスクを回収しました: %s"), ended)
-            for task_id, gpus in self._leases(state).put_back(state).items() if has_leases else ():
+            for task_id, gpus in leases.put_back(state).items() if leases else ():
                 log().warning(say(_LACKING), task_id, gpus)
             admit(state)
             result = change(state)
-            if has_leases:  # what the change has freed may be theirs
-                self._leases(state).put_back(state)
+            if leases:  # what the change has freed may be theirs
+                leases.put_back(state)
             admit(state)
             has_disabled = any("disabled" in server for server in state["servers"])
             state["version"] = DISABLED_VERSION if has_disabled else FORMAT_VERSION
-            self._is_made_up, self._swept = is_made_up(state), "clock" not in state or not self._leases(state).has_old()
+            self._is_made_up = is_made_up(state)
             return result
 
         result = self._store.update(whole_change, instead_of_unusable)
-        if not self._swept:  # the change of a database is no lock: only what is named neither before nor after it goes
-            state = self._store.read()
+        if leases and leases.clock_s is not None and leases.has_old():
+            # A database may have been changed since our change has read it: what is not named now either may go.
             with failures_reported(self.resource_file):
-                self._leases(state).sweep(records(state))
+                leases.sweep(records(self._store.read()))
         return result

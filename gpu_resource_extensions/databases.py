@@ -241,10 +241,11 @@ def changed(
     clock_s: int,
     change: Callable[[State], T],
     instead_of_unusable: State | None,
-) -> tuple[T, str | None]:
+) -> tuple[T, str | None, bool]:
     """Apply ``change`` to the text of a document as ``Store.update`` says it.
 
-    :returns: what ``change`` returns, and the text of the new document, or ``None`` if there is nothing to write.
+    :returns: what ``change`` returns; the text of the new document, or ``None`` if there is nothing to write; and
+        whether the old one was of no use and is to be kept aside.
     """
     before: State | None = None
     try:
@@ -260,27 +261,11 @@ def changed(
     state.update(now)
     result = change(state)
     if before is not None and state == {**before, **now}:
-        return result, None
+        return result, None, False
     try:
-        return result, encode_state(state, before).decode("utf-8")
+        return result, encode_state(state, before).decode("utf-8"), before is None and document is not None
     except ValueError as error:
         raise StateFileError(path, say(_UNWRITABLE[0], error), say(_UNWRITABLE[1])) from error
-
-
-def changed_or_anew(
-    path: str,
-    document: str | None,
-    clock_s: int,
-    change: Callable[[State], T],
-    instead_of_unusable: State | None,
-) -> tuple[T, str | None, bool]:
-    """Return the same, and whether the old document was of no use and is to be kept aside."""
-    try:
-        return *changed(path, document, clock_s, change, None), False
-    except UnusableStateFileError:
-        if instead_of_unusable is None:
-            raise
-    return *changed(path, document, clock_s, change, instead_of_unusable), document is not None
 
 
 def warn_of_aside(place: str) -> None:

@@ -71,7 +71,7 @@ class PostgreSQLStore(Store):
     def update(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
         if instead_of_unusable is not None:
             self.create(instead_of_unusable)  # where there is nothing
-        return self._change(lambda old, s: databases.changed_or_anew(self.path, old, s, change, instead_of_unusable))
+        return self._change(lambda old, s: databases.changed(self.path, old, s, change, instead_of_unusable))
 
     def version_mark(self) -> object:
         return self._seen("change")

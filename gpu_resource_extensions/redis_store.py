@@ -57,7 +57,7 @@ class RedisStore(Store):
 
     def update(self, change: Callable[[State], T], instead_of_unusable: State | None = None) -> T:
         new = instead_of_unusable
-        return self._change(lambda old, now: databases.changed_or_anew(self.path, old, now, change, new))
+        return self._change(lambda old, now: databases.changed(self.path, old, now, change, new))
 
     def version_mark(self) -> object:
         mark = self._run(lambda ask: seen(ask, "change")[0] or seen(ask, "document")[0])
