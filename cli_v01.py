@@ -229,7 +229,7 @@ class WaitingLine:
 
 def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n", manager.resource_file)
-    result = {"resource_file": manager.resource_file, **manager.get_overview()}  # construction has made it
+    result = status_facts(manager)  # construction has made it
     # Of the lines about the pool, whether it is a real one: where it is stands at the head.
     return (
         EXIT_OK,
@@ -238,22 +238,27 @@ def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer
     )
 
 
-def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    def summary() -> dict[str, Any]:
-        return {"resource_file": manager.resource_file, **manager.get_overview()}
-
-    if args.watch is not None:
-        from gpu_resource_extensions.screens import watch
-
-        watch(lambda: safe(render_status(summary())), args.watch)
-    return (EXIT_OK, summary(), render_status)
+def status_facts(manager: GPUResourceManagerV01) -> dict[str, Any]:
+    return {"resource_file": manager.resource_file, **manager.get_overview()}
 
 
-def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+def detail_facts(manager: GPUResourceManagerV01) -> dict[str, Any]:
     from gpu_resource_manager_v01 import is_made_up
 
     state = manager.get_detailed_status()
-    return (EXIT_OK, {**state, "resource_file": manager.resource_file, "made_up": is_made_up(state)}, render_detail)
+    return {**state, "resource_file": manager.resource_file, "made_up": is_made_up(state)}
+
+
+def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    if args.watch is not None:
+        from gpu_resource_extensions.screens import watch
+
+        watch(lambda: safe(render_status(status_facts(manager))), args.watch)
+    return (EXIT_OK, status_facts(manager), render_status)
+
+
+def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
+    return (EXIT_OK, detail_facts(manager), render_detail)
 
 
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -416,6 +421,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --release TASK_ID                タスクのリソースを解放する
   --stop TASK_ID                   タスクのプロセスを終了させて解放する
   --reclaim                        この計算機で終了したタスクを回収する (定期実行用)
+  --metrics FILE                   Prometheus のメトリクスをファイルに書く (node_exporter 用)
   --take CLAIM JOB                 --any と --on が接続先で使う (手では使わない)
   --reset                          すべてのタスクの記録を消す (確認あり)
   --add-server NAME:GPUS:CPUS      サーバーを追加する
@@ -493,6 +499,7 @@ WITH_VALUE: dict[str, Callable[[Any], Any]] = {
     "--remove-server": str,
     "--disable": str,
     "--enable": str,
+    "--metrics": str,
 }
 
 #: with which commands an option can be used, and what ``argparse`` is told about it
@@ -667,9 +674,14 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from gpu_resource_extensions.detect_gpus import detected_server
 
                 args.servers = [detected_server()]
-            if args.command not in ("--status", "--detail"):  # who changes the pool loads ``logging`` anyway
+            if args.command not in ("--status", "--detail", "--metrics"):  # who changes the pool loads ``logging`` anyway
                 show_warnings()
                 from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
+            if args.command == "--metrics":  # a pool that cannot be opened has some too
+                from gpu_resource_extensions.metrics import write_metrics
+
+                write_metrics(args.metrics)
+                return output.done(done("✓ メトリクスを書きました: {metrics_file}", metrics_file=args.metrics))
             described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
             create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
             limit: Any = {"lock_timeout_s": 10} if create is False else {}  # for a look nobody waits a minute
@@ -678,8 +690,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         except library.MissingPackageError:
             raise
         except library.ResourceManagerError as error:
-            code, name = next(CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES)
-            code = getattr(error, "exit_code", code)  # of a command, as a shell has it
+            code, name = code_of(error)
             remedy = when_to_retry(args) if name == "no_capacity" else ""
             raise Refusal(code, name, str(error), remedy, facts=vars(error)) from error
     except ImportError as error:
@@ -717,6 +728,12 @@ CODES = {
     "LockTimeoutError": (EXIT_AGAIN, "lock_timeout"),
     "ResourceManagerError": (EXIT_IO, "state_file"),  # all others
 }
+
+
+def code_of(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the name for programs of an error of the library."""
+    code, name = next(CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES)
+    return getattr(error, "exit_code", code), name  # of a command, as a shell has it
 
 
 def right_line(words: Sequence[str], job: list[str] | None) -> dict[str, str]:

@@ -566,6 +566,7 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
   --release TASK_ID                タスクのリソースを解放する
   --stop TASK_ID                   タスクのプロセスを終了させて解放する
   --reclaim                        この計算機で終了したタスクを回収する (定期実行用)
+  --metrics FILE                   Prometheus のメトリクスをファイルに書く (node_exporter 用)
   --take CLAIM JOB                 --any と --on が接続先で使う (手では使わない)
   --reset                          すべてのタスクの記録を消す (確認あり)
   --add-server NAME:GPUS:CPUS      サーバーを追加する
@@ -619,6 +620,7 @@ Commands:
   --release TASK_ID                release what a task holds
   --stop TASK_ID                   end the processes of a task and release what it holds
   --reclaim                        take back what has ended on this machine (for a timer)
+  --metrics FILE                   write Prometheus metrics to a file (for node_exporter)
   --take CLAIM JOB                 what --any and --on use at the other end (not by hand)
   --reset                          clear the records of all tasks (asks first)
   --add-server NAME:GPUS:CPUS      add a server
