@@ -674,7 +674,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
                 from gpu_resource_extensions.detect_gpus import detected_server
 
                 args.servers = [detected_server()]
-            if args.command not in ("--status", "--detail", "--metrics"):  # who changes the pool loads ``logging`` anyway
+            if args.command not in ("--status", "--detail", "--metrics"):  # the others load ``logging`` anyway
                 show_warnings()
                 from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
             if args.command == "--metrics":  # a pool that cannot be opened has some too

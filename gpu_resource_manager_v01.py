@@ -35,7 +35,6 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036 - the first thing that an older one gets to read
     raise ImportError("Python 3.10 以降が必要です (Python 3.10 or later is needed): " + sys.version.split()[0])
 
-import _thread
 import copyreg
 import errno
 import fcntl
@@ -1180,66 +1179,30 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
-_abandoned: set[int] = set()  # descriptors of waits that were given up: a thread still stands in a queue with each
-
-
 def lock_in_time(descriptor: int, deadline_s: float) -> bool:
-    """Lock an open file for us alone; tell whether it was had by ``deadline_s`` of the monotonic clock.
+    """Lock an open file for us alone; tell whether we have it by ``deadline_s`` of the monotonic clock.
 
-    Unless it returns ``True``, the descriptor is closed, now or as soon as can be.
-
-    Among those who poll for a lock, whoever has just released it gets it again, and they cost more than the
-    work itself. The kernel keeps a queue, but knows no time limit, so a thread stands in it, which owns the
-    descriptor once we have given up. Until it is gone further waits of this process do poll: one who tries
-    again and again behind a stopped process must not collect threads.
+    Unless it returns ``True``, the descriptor is closed. Who has to wait stands in the kernel's queue, and polls where
+    it cannot.
     """
+    had = False
     try:
         from filelock import lock_descriptor  # half of a start, and reading a pool has no use for it
-    except ImportError as error:
-        os.close(descriptor)
-        raise MissingPackageError(error) from error
 
-    had = given_up = False
-    failures: list[OSError] = []
-    decided, answered = _thread.allocate_lock(), _thread.allocate_lock()
-
-    def stand_in_queue() -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # what ``lock_descriptor`` takes
-        except OSError as error:
-            failures.append(error)
-        if decided.acquire(blocking=False):  # before the wait was given up
-            answered.release()
-        else:
-            _abandoned.discard(descriptor)
-            _unlock_and_close(descriptor)
-
-    try:
         had = lock_descriptor(descriptor, blocking=False)
-        if not had and not _abandoned and time.monotonic() < deadline_s:
-            answered.acquire()
-            with suppress(RuntimeError):  # no thread for us: then we poll
-                _thread.start_new_thread(stand_in_queue, ())
-                try:
-                    # In slices, for a signal that comes just ahead of such a wait does not end it.
-                    while not answered.acquire(timeout=max(0, min(1, deadline_s - time.monotonic()))):
-                        if time.monotonic() >= deadline_s:
-                            break
-                finally:
-                    _abandoned.add(descriptor)  # ahead of the decision, after which the thread may discard it
-                    given_up = decided.acquire(blocking=False)
-                    if not given_up:
-                        _abandoned.discard(descriptor)
-                if failures:
-                    raise failures[0]
-                had = not given_up
-                return had
+        if not had and time.monotonic() < deadline_s:
+            with suppress(ModuleNotFoundError):  # two files alone poll
+                from gpu_resource_extensions.lock_queue import lock_in_queue
+
+                had = lock_in_queue(descriptor, deadline_s)
         while not had and time.monotonic() < deadline_s:
             time.sleep(LOCK_POLL_S)
             had = lock_descriptor(descriptor, blocking=False)
         return had
+    except ImportError as error:
+        raise MissingPackageError(error) from error
     finally:
-        if not had and not given_up:
+        if not had:
             _unlock_and_close(descriptor)
 
 
