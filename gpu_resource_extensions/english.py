@@ -311,6 +311,7 @@ ENGLISH: dict[str, str] = {
     "リセットを中止しました": "No reset",
     "消してよければ y と答えてください": "if they may go, answer y",
     "✓ システムリセット完了": "✓ The pool is reset",
+    "✓ メトリクスを書きました: {metrics_file}": "✓ Wrote the metrics: {metrics_file}",
     "✓ サーバーを追加しました: {server_name} (ID: {server_id})": "✓ Added the server {server_name} (ID: {server_id})",
     "✓ サーバーを外しました: {server_name}": "✓ Removed the server {server_name}",
     "  そこで動いているタスクは、終わるまでそのまま続きます": "  Tasks that run there go on until they end",
@@ -550,6 +551,144 @@ ENGLISH: dict[str, str] = {
     "データベースのサーバーが動いているか、URL のホスト名とポート番号が正しいか確認してください": (
         "see that the database server runs, and that host name and port in the URL are right"
     ),
+    # Metrics
+    "メトリクスに必要なパッケージを読み込めません: {reason}\n"
+    '  対処: この Python ({python}) に pip install "{package}" でインストールしてください': (
+        "The package for metrics cannot be loaded: {reason}\n"
+        '  What to do: into this Python ({python}), use pip install "{package}"'
+    ),
+    "メトリクスをファイルに書けません: {path}\n  原因: {reason}\n  対処: {remedy}": (
+        "The metrics cannot be written to the file: {path}\n  Cause: {reason}\n  What to do: {remedy}"
+    ),
+    "通常のファイルか、まだないファイルを指定してください": "name a regular file, or one that is not there yet",
+    "ディレクトリ {} を作るか、node_exporter が読むディレクトリのファイルを指定してください": (
+        "make the directory {}, or name a file in the one that node_exporter reads"
+    ),
+    "ディレクトリ {} に書ける利用者として実行してください": "be a user who may write in the directory {}",
+    "ディレクトリとディスクの状態を確認してください: {}": "check the directory and the disk: {}",
+    # Docker
+    "コンテナを始められません: {reason}\n  対処: {remedy}": (
+        "The container cannot be started: {reason}\n  What to do: {remedy}"
+    ),
+    "GPU を借りていません (GPU_TASK_ID か CUDA_VISIBLE_DEVICES がありません)": (
+        "no GPUs are borrowed (GPU_TASK_ID or CUDA_VISIBLE_DEVICES is missing)"
+    ),
+    "gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker IMAGE COMMAND のように実行してください": (
+        "run it as in gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker IMAGE COMMAND"
+    ),
+    "今のディレクトリに入れません: {}": "the current directory cannot be entered: {}",
+    "存在するディレクトリに移ってから実行してください": "run it in a directory that is there",
+    "使い方: gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker [docker run のオプション] IMAGE [COMMAND …]\n"
+    "借りた GPU だけが見えるコンテナで COMMAND を実行します": (
+        "Usage: gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker [OPTIONS of docker run] IMAGE [COMMAND …]\n"
+        "Run COMMAND in a container that sees the borrowed GPUs alone"
+    ),
+    "注意: docker のクライアントが終了しました。コンテナが終わるまで GPU を返しません: {}": (
+        "Note: the docker client has ended. The GPUs are held until the container has ended too: {}"
+    ),
+    (
+        "注意: docker が終了コード 125 で終わりました。docker 自身の失敗なら、理由は上にあります\n"
+        "  対処: デーモンに接続できないなら docker ps が動くか、could not select device driver なら "
+        "NVIDIA Container Toolkit があるか、それ以外はイメージの名前とオプションを確認してください"
+    ): (
+        "Note: docker has ended with exit code 125. If docker itself has failed, the reason stands above\n"
+        "  What to do: if there is no connection to the daemon, see whether docker ps works; if it says could not "
+        "select device driver, whether the NVIDIA Container Toolkit is there; else check the image and the options"
+    ),
+    # Airflow
+    "に使えない項目があります": "has an entry that there is no use for",
+    "{known} だけを指定してください": "give {known} only",
+    "はこの種類のタスクには付けられません": "cannot be put on tasks of this kind",
+    "with gpu_allocation(...) as gpus: の中に置き、環境変数に gpus['environment'] を渡してください": (
+        "place it in a block with gpu_allocation(...) as gpus: and let its environment be gpus['environment']"
+    ),
+    "は、タスクの関数に付けるときは指定できません": "cannot be given for the function of a task",
+    "指定をやめてください (タスクが動く計算機の GPU を使います)": (
+        "leave it out (it uses GPUs of the machine that the task runs on)"
+    ),
+    # The page
+    (
+        "ページに必要なパッケージを読み込めません: {reason}\n"
+        "  対処: この Python ({python}) に pip install starlette uvicorn prometheus-client でインストールしてください"
+    ): (
+        "A package that the page needs is missing: {reason}\n"
+        "  What to do: pip install starlette uvicorn prometheus-client into this Python ({python})"
+    ),
+    (
+        "{host} のポート {port} で待ち受けられません: {reason}\n"
+        "  対処: --host と --port を確認し、使用中なら別のポートを指定してください"
+    ): (
+        "Nobody can listen on port {port} of {host}: {reason}\n"
+        "  What to do: check --host and --port; if it is in use, give another port"
+    ),
+    "引数が正しくありません: {problem}\n  対処: {remedy}": "Wrong usage: {problem}\n  What to do: {remedy}",
+    "--port が 0-65535 の整数ではありません: {!r}": "--port is no integer from 0 to 65535: {!r}",
+    "--allowed-host がホスト名ではありません (ポート番号は付けません): {!r}": (
+        "--allowed-host is no host name (without a port): {!r}"
+    ),
+    "--prometheus が http:// か https:// で始まる URL ではありません: {!r}": (
+        "--prometheus is no URL that begins with http:// or https://: {!r}"
+    ),
+    "ページ: {} (Ctrl-C で終了)": "The page: {} (Ctrl-C ends it)",
+    "このホスト名では見られません (起動時に --allowed-host で指定します)": (
+        "not to be seen under this host name (--allowed-host allows it at the start)"
+    ),
+    "自動更新中": "Live",
+    "{} 秒ごとに読み込み直します": "Loaded anew every {} seconds",
+    "モニターとの接続が切れています。表示しているのは {} の状態です": (
+        "The connection to the monitor is lost. This is how things stood at {}"
+    ),
+    "プールを読めません": "The pool cannot be read",
+    "プールからの応答を待っています": "Waiting for an answer of the pool",
+    "表示しているのは {} の状態です": "This is how things stood at {}",
+    "空き GPU": "GPUs free",
+    "空き CPU": "CPUs free",
+    "実行中": "Running",
+    "待機中": "Waiting",
+    "直近 24 時間の GPU 使用率": "GPU use over the last 24 hours",
+    "現在 {:.0%}、平均 {:.0%}": "{:.0%} now, {:.0%} mean",
+    "Prometheus から得られません ({})": "not to be had from Prometheus ({})",
+    "24 時間前": "24 hours ago",
+    "現在": "Now",
+    "空き": "free",
+    "使用中": "held",
+    "停止": "off",
+    "使用停止": "out of service",
+    "終了": "ended",
+    "終了済み": "ended",
+    "終了済み (次の変更で回収)": "ended (taken back with the next change)",
+    "使用停止: GPU {}": "Out of service: GPU {}",
+    "待ち行列": "The line",
+    "待っている要求はありません": "Nobody is waiting",
+    "サーバー一覧": "Servers",
+    "タスク一覧": "Tasks",
+    "順番": "No.",
+    "待ち時間": "Waits for",
+    "動いているタスクはありません": "No task is running",
+    "1 分未満": "< 1 min",
+    """\
+使い方: {} [オプション]
+
+プールの様子を表示するページ (読み取り専用)。/metrics、/api/status、/api/detail もある
+
+オプション:
+  --host ADDRESS                   待ち受けるアドレス (指定しなければ 127.0.0.1)
+  --port PORT                      待ち受けるポート (指定しなければ 8765)
+  --allowed-host NAME              ほかに許すホスト名。リバースプロキシの名前など (繰り返し可)
+  --prometheus URL                 使用率の履歴を Prometheus から得る (なければ起動後のもの)
+  -h, --help                       これを表示する
+""": """\
+usage: {} [options]
+
+A page that shows how the pool stands (it only reads), with /metrics, /api/status and /api/detail
+
+Options:
+  --host ADDRESS                   the address to listen on (127.0.0.1 unless given)
+  --port PORT                      the port to listen on (8765 unless given)
+  --allowed-host NAME              another host name to answer to, such as a reverse proxy's (again for each)
+  --prometheus URL                 take the past use from Prometheus (else since the start)
+  -h, --help                       show this
+""",
     # Help
     """\
 usage: {} コマンド [オプション]

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,12 @@ GUARD_S = 60
 
 #: what lies in the directory of a pool while nobody is changing it
 BOTH_FILES = [".resource.lock", "resource_status.json"]
+
+
+def needed(package: str) -> Any:
+    """Return a package of requirements_services.txt; where it is not installed, the test or its file is skipped."""
+    __tracebackhide__ = True  # who asks is reported as the place
+    return pytest.importorskip(package, reason=f"{package} is not installed, see requirements_services.txt")
 
 
 def names(pool: Path) -> list[str]:
@@ -118,10 +125,14 @@ ALICE, BOB, STRANGER, LAB = 61001, 61002, 61003, 61100
 
 
 @pytest.fixture
-def lab() -> Iterator[Path]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory that every user can reach; the fixture ``tmp_path`` is for its owner only."""
     if os.geteuid() != 0:
         pytest.skip("only root can become other users")
+    from gpu_resource_manager_v01 import GPUResourceManagerV01
+
+    # Now, for another user may not be able to look where it lies: what a change imports.
+    GPUResourceManagerV01(tmp_path_factory.mktemp("first") / "pool").allocate_resources("task", 2, 1)
     directory = tempfile.mkdtemp()
     os.chown(directory, ALICE, LAB)
     yield Path(directory)

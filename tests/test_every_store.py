@@ -43,7 +43,13 @@ def redis_place(directory: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=[file_place, postgresql_place, redis_place], ids=["file", "postgresql", "redis"])
+@pytest.fixture(
+    params=[
+        pytest.param(file_place, id="file"),
+        pytest.param(postgresql_place, id="postgresql", marks=pytest.mark.services),
+        pytest.param(redis_place, id="redis", marks=pytest.mark.services),
+    ]
+)
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where a pool of two servers is kept, of which this machine is the first, as its environment says."""
     with request.param(tmp_path) as made:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 import pytest
-from conftest import GUARD_S, PROJECT, Children
+from conftest import GUARD_S, PROJECT, Children, needed
 from database_servers import URL_VARIABLE, PostgreSQLServer, free_port, fresh_database, shared_server, wait_until
 from screens import cli
 from test_processes import Claims
@@ -40,7 +40,8 @@ from gpu_resource_manager_v01 import (
     open_store,
 )
 
-psycopg = pytest.importorskip("psycopg", reason="no driver for PostgreSQL")
+pytestmark = pytest.mark.services
+psycopg = needed("psycopg")
 
 
 @pytest.fixture

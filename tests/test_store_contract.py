@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import GUARD_S
+from conftest import GUARD_S, needed
 from database_servers import fresh_database
 from memory_store import MemoryStore
 from redis_servers import client, fresh_redis
@@ -62,7 +62,7 @@ def postgresql(directory: Path, stack: contextlib.ExitStack) -> Place:
     url = stack.enter_context(fresh_database())
     store = open_store(url, GUARD_S)
     store.lease_directory = str(directory / ".leases")  # not the one of this machine
-    psycopg = pytest.importorskip("psycopg")
+    psycopg = needed("psycopg")
     connection = stack.enter_context(psycopg.connect(url, autocommit=True))
 
     def overwrite(data: bytes) -> None:
@@ -90,7 +90,14 @@ def redis(directory: Path, stack: contextlib.ExitStack) -> Place:
     return Place(store, overwrite, kept_aside)
 
 
-@pytest.fixture(params=[json_file, memory, postgresql, redis])
+@pytest.fixture(
+    params=[
+        json_file,
+        memory,
+        pytest.param(postgresql, marks=pytest.mark.services),
+        pytest.param(redis, marks=pytest.mark.services),
+    ]
+)
 def place_of_pool(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     with contextlib.ExitStack() as stack:
         yield request.param(tmp_path, stack)
