@@ -42,6 +42,7 @@ def kept(worker: int = 0, lease: int | None = None) -> Iterator[int]:
         pass_fds=() if lease is None else (lease,),
         start_new_session=True,  # what ends the group of the task does not end its keeper
         cwd="/",
+        env={name: value for name, value in os.environ.items() if name != _VARIABLE},
     )
     os.environ[_VARIABLE] = mark
     try:

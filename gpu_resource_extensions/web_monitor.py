@@ -60,7 +60,7 @@ LOOK_LIMIT_S, SECOND_LIMIT_S = 10.0, 1.0  # for a look, as for ``--status``; to 
 ALIVE_S = 10.0  # between two words to a viewer, who takes longer silence for a lost connection
 PROMETHEUS_LIMIT_S, PROMETHEUS_MOST = 5.0, 1 << 20  # seconds for an answer, and its bytes
 PATIENCE_S = 15.0  # how long a connection may take to ask, or to read
-MOST_CONNECTIONS = 256
+MOST_CONNECTIONS, MOST_AT_ONCE = 256, 128  # at once: that are taken ahead of dropping any; below the usual 1024 files
 LOCAL_NAMES = "127.0.0.1", "localhost", "[::1]"
 HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; img-src 'self'; script-src 'self';"
@@ -463,6 +463,7 @@ def serve(app: App, listener: socket.socket) -> NoReturn:
         log_config=None,
         log_level="error",
         access_log=False,
+        backlog=MOST_AT_ONCE,
         proxy_headers=False,
         server_header=False,
     )

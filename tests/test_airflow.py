@@ -61,8 +61,7 @@ if os.fork():
     os.wait()
     sys.exit()
 os.setpgid(0, 0)
-with manager.allocation("my_task", 2, 8, keeper=lambda lease: kept("my_task", worker, lease)) as granted:
-    os.environ["GPU_TASK_ID"] = granted["task_id"]
+with manager.allocation("my_task", 2, 8, keeper=lambda lease: kept(worker, lease)):
     started = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
     forked = 0 if sys.argv[2] == "ends" else os.fork()
     if forked or sys.argv[2] == "ends":
@@ -113,26 +112,13 @@ def test_what_a_killed_task_or_a_task_of_a_killed_worker_has_started_ends_and_it
     wait_until(lambda: manager.reclaim_ended() == ["my_task"] or not held(manager), "its GPUs")
 
 
-def test_what_outlives_a_task_that_ended_by_itself_keeps_the_gpus_until_its_own_end(
+def test_what_outlives_a_task_ends_with_it_and_the_gpus_are_given_back(
     at_work: Callable[[str], Processes], manager: GPUResourceManagerV01
 ) -> None:
     processes = at_work("ends")
-    processes.worker.communicate("end\n")
-    assert processes.worker.returncode == 0 and is_alive(processes.started)
-    assert manager.reclaim_ended() == []
-    assert held(manager) == ["my_task"]
-    os.kill(processes.started, signal.SIGKILL)
-    wait_until(lambda: manager.reclaim_ended() == ["my_task"], "its GPUs")
-
-
-def test_a_task_that_leaves_nothing_behind_has_given_back_its_gpus_when_it_ends(
-    at_work: Callable[[str], Processes], manager: GPUResourceManagerV01
-) -> None:
-    processes = at_work("ends")
-    os.kill(processes.started, signal.SIGKILL)
-    wait_until(lambda: not is_alive(processes.started), "its end")
     processes.worker.communicate("end\n")
     assert processes.worker.returncode == 0
+    assert not is_alive(processes.started)
     assert "my_task" not in Path(manager.resource_file).read_text()
 
 
@@ -320,7 +306,9 @@ class TestDecorated:
         for task in ("the_other_way_round", "asynchronous"):
             assert decorated.run.xcoms[task]["return_value"] == "0,1"
 
-    def test_a_retry_ends_what_the_first_attempt_has_left_and_has_all_gpus(self, decorated: Outcome) -> None:
+    def test_what_a_failed_attempt_has_left_ends_with_it_and_the_next_one_has_all_gpus(
+        self, decorated: Outcome
+    ) -> None:
         assert decorated.run.tasks["fails_once"] == ("success", 2)
         assert decorated.run.xcoms["fails_once"]["return_value"] == "0,1,2,3,4,5,6,7"
         assert not is_alive(decorated.left)

@@ -338,9 +338,9 @@ def test_page_brings_all_it_needs_and_nothing_inline(monitor: Monitor) -> None:
 
 def test_it_answers_while_many_are_slow_to_ask(pool: Path) -> None:
     write(pool, made_state())
-    few_files = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))"
+    few_files = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))"
     with Monitor(pool, setting=few_files) as monitor, ExitStack() as slow:
-        for number in range(800):
+        for number in range(1000):
             connection = slow.enter_context(monitor.connect("GET / HTTP/1.1\nHost: localhost\n"))
             if number % 2:
                 connection.sendall(b"X-Slow: ")
