@@ -1,4 +1,4 @@
-"""An example for Airflow, which finds it where the wheel puts it; README has the same to copy."""
+"""An example for Airflow: copy it into your directory of DAGs. It is the one that README shows."""
 
 import os
 import subprocess

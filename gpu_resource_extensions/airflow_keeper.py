@@ -7,7 +7,6 @@ until the last one is gone. It is a script that needs nothing but Python.
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import signal
@@ -19,13 +18,15 @@ from contextlib import contextmanager, suppress
 END_LIMIT_S = 10.0  # after which nobody waits any longer for a process that does not end when it is killed
 _POLL_S = 0.05
 _VARIABLE = "GPU_TASK_KEEPER"  # ties what a task starts to its keeper: others may have the same ``GPU_TASK_ID``
+_KEPT = "GPU_TASK_KEPT"  # of a keeper: the ``GPU_TASK_ID`` of its task
 _ENDED = b"e"  # told to the keeper: the task has ended by itself
 
 
 @contextmanager
-def kept(worker: int = 0, lease: int | None = None) -> Iterator[int]:
+def kept(task_id: str, worker: int = 0, lease: int | None = None) -> Iterator[int]:
     """Let a keeper watch this process while the block runs; yield its pid. What is started in the block ends with it.
 
+    :param task_id: of the GPUs that this process uses; by it :func:`end_tasks` finds the keeper.
     :param worker: pid of the parent that this process is not to outlive; 0: none.
     :param lease: a descriptor that the keeper is to hold too.
     """
@@ -42,7 +43,7 @@ def kept(worker: int = 0, lease: int | None = None) -> Iterator[int]:
         pass_fds=() if lease is None else (lease,),
         start_new_session=True,  # what ends the group of the task does not end its keeper
         cwd="/",
-        env={name: value for name, value in os.environ.items() if name != _VARIABLE},
+        env={name: value for name, value in os.environ.items() if name != _VARIABLE} | {_KEPT: task_id},
     )
     os.environ[_VARIABLE] = mark
     try:
@@ -57,23 +58,26 @@ def kept(worker: int = 0, lease: int | None = None) -> Iterator[int]:
             keeper.wait(END_LIMIT_S)
 
 
-def end_processes(variable: str, group: int = 0, but: int = 0, limit_s: float = math.inf) -> list[int]:
-    """Kill the other processes that have ``NAME=VALUE`` in their environment, or are of a process group.
+def end_tasks(task_id: str) -> list[int]:
+    """End the tasks that use the GPUs of ``task_id`` on this machine, and what they have started.
 
-    Those of other users show us neither. Return the ones that are left after ``limit_s`` seconds.
+    Those of other users cannot be seen. Return the processes that are left when they should have ended.
     """
-    deadline_s = time.monotonic() + limit_s
-    while (found := _processes(variable.encode(), group, {os.getpid(), but})) and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + END_LIMIT_S
+    while True:
+        keepers = _processes(f"{_KEPT}={task_id}".encode())
+        found = keepers + _processes(f"GPU_TASK_ID={task_id}".encode())
+        if not found or time.monotonic() > deadline_s:
+            return found
         for pid in found:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid, signal.SIGINT if pid in keepers else signal.SIGKILL)
         time.sleep(_POLL_S)
-    return found
 
 
-def _processes(variable: bytes, group: int, but: set[int]) -> list[int]:
+def _processes(variable: bytes, group: int = 0, but: int = 0) -> list[int]:
+    """Return the other processes that have ``NAME=VALUE`` in their environment, or are of this process group."""
     found = []
-    for pid in {int(entry) for entry in os.listdir("/proc") if entry.isdigit()} - but:
+    for pid in {int(entry) for entry in os.listdir("/proc") if entry.isdigit()} - {os.getpid(), but}:
         with suppress(OSError):
             with open(f"/proc/{pid}/stat", "rb") as file:
                 state, _, its_group = file.read().rpartition(b")")[2].split()[:3]
@@ -85,13 +89,19 @@ def _processes(variable: bytes, group: int, but: set[int]) -> list[int]:
     return found
 
 
+def _kill(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+
+
 def _keep(mark: str, task: int, worker: int, group: int) -> None:
-    """Wait for the end of the task or of its worker, and end what the task has started."""
+    """Wait for the end of the task or of its worker, or for an interrupt; end the task and what it has started."""
     its_own = None
-    with suppress(ProcessLookupError):  # one of them has ended already
+    with suppress(ProcessLookupError, KeyboardInterrupt):  # the first: one of them has ended already
         its_own = os.pidfd_open(task)
         workers = [os.pidfd_open(worker)] if worker else []
         select.select([0, its_own, *workers], [], [])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_blocking(0, False)
     order = b""
     with suppress(BlockingIOError):
@@ -99,7 +109,10 @@ def _keep(mark: str, task: int, worker: int, group: int) -> None:
     if order != _ENDED and its_own is not None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(its_own, signal.SIGKILL)
-    end_processes(f"{_VARIABLE}={mark}", group, but=task)
+    while found := _processes(f"{_VARIABLE}={mark}".encode(), group, but=task):
+        for pid in found:
+            _kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 if __name__ == "__main__":

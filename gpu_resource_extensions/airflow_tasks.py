@@ -36,7 +36,7 @@ try:
 except ImportError:  # before 3.2
     from airflow.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
-from gpu_resource_extensions.airflow_keeper import END_LIMIT_S, end_processes, kept
+from gpu_resource_extensions.airflow_keeper import end_tasks, kept
 from gpu_resource_extensions.hosts import server_of_host
 from gpu_resource_extensions.leases import described
 from gpu_resource_extensions.run_job import job_environment
@@ -50,6 +50,7 @@ from gpu_resource_manager_v01 import (
     InvalidRequestError,
     MissingPackageError,
     NoCapacityError,
+    NoPoolError,
     NotOwnerError,
     OnWait,
     ResourceManagerError,
@@ -66,7 +67,7 @@ T = TypeVar("T")
 SETTINGS = "gpu_resource"  # the Variable, and the Connection with the same in its ``extra``, that we read
 ANY_SERVER = "*"
 _LOOK_AGAIN_S = 1.0  # while an earlier attempt of the same task leaves the line
-_FINAL = InvalidRequestError, NotOwnerError, MissingPackageError  # which another attempt would meet again
+_FINAL = InvalidRequestError, NotOwnerError, NoPoolError, MissingPackageError  # which another attempt would meet again
 # For InvalidRequestError: the problem, and what to do.
 _UNKNOWN_SETTING = "に使えない項目があります", "{known} だけを指定してください"
 _NOT_INSIDE = (
@@ -171,7 +172,7 @@ class GPUAllocation:
                         self.cpus,
                         wait_s=math.inf if self.wait_s is None else self.wait_s,
                         on_wait=functools.partial(_tell_wait, context["task"].log),
-                        keeper=functools.partial(kept, _worker()),
+                        keeper=functools.partial(kept, task_id, _worker()),
                     )
                 )
             for key, value in _xcoms(granted).items():
@@ -192,7 +193,7 @@ def use_gpus(gpus: Mapping[str, Any]) -> Iterator[None]:
 
     :param gpus: the XComs of the setup, as the task gets them by an argument.
     """
-    with kept(_worker()), _environment(job_environment(gpus)):
+    with kept(gpus["task_id"], _worker()), _environment(job_environment(gpus)):
         yield
 
 
@@ -346,11 +347,11 @@ def obtain(
 
 
 def end_what_is_left(task_id: str) -> None:
-    """Kill the processes on this machine that earlier attempts, or tasks of a block, have left.
+    """End what earlier attempts, or tasks of a block that Airflow takes for ended, have left on this machine.
 
     :raises TaskRunningError: they do not end.
     """
-    left = described(end_processes(f"GPU_TASK_ID={task_id}", limit_s=END_LIMIT_S))
+    left = described(end_tasks(task_id))
     if left:
         raise TaskRunningError(task_id, [process._asdict() for process in left])
 

@@ -26,7 +26,7 @@ from gpu_resource_manager_v01 import ResourceManagerError, say
 
 TASK_LABEL = "gpu-resource.task"  # of each container, with its task: what is left over is found by it
 NAME_LABEL = "gpu-resource.name"  # one container of ours, whatever name the user gives it
-STOP_S = 8  # from TERM to KILL by docker, shorter than that of ``--stop``; an option of the user may change it
+STOP_S = 7  # from TERM to KILL by docker, shorter than that of ``--stop``; an option of the user may change it
 RETRY_S = 1.0  # between two attempts to reach a daemon that is away
 EXIT_DOCKER = 125  # as ``docker run`` has it: docker itself failed
 
@@ -35,11 +35,8 @@ _PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, sign
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _FIND = ["ps", "--all", "--quiet", "--no-trunc", "--filter"]
 # Lets docker stop the container, and tells which, once it is given a line; "$@" finds it. ``--stop`` sends TERM to each
-# process of a job when it first sees it: those that are to ask docker then are there by now, and ignore it until then.
-_STOPPER = """
-trap "" HUP INT QUIT TERM
-{ read -r _ && exec docker "$@"; } | { read -r found && echo "$found" && exec docker stop "$found" >&2; }
-"""
+# process of a job when it first sees it, by which a docker client gives up: so these two are there from the start.
+_STOPPER = '{ read -r _ && exec docker "$@"; } | { read -r found && echo "$found" && exec docker stop "$found" >&2; }'
 
 _USAGE = (
     "使い方: gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker [docker run のオプション] IMAGE [COMMAND …]\n"
@@ -102,7 +99,7 @@ def granted_here(environment: Mapping[str, str]) -> dict[str, str]:
     :raises ContainerError: nothing was granted.
     """
     task_id, gpus = environment.get("GPU_TASK_ID"), environment.get("CUDA_VISIBLE_DEVICES")
-    cpus = environment.get("GPU_TASK_CPUS") or environment.get("OMP_NUM_THREADS")
+    cpus = environment.get("GPU_TASK_CPUS")
     if not (task_id and gpus and cpus):
         raise ContainerError(*map(say, _NOT_GRANTED))
     return {"task_id": task_id, "gpu_devices": gpus, "cpu_count": cpus}
@@ -128,16 +125,20 @@ class Container:
         was_there = self._find() is not None
         terminal = termios.tcgetattr(0) if os.isatty(0) else None
         find = [*_FIND, f"label={NAME_LABEL}={self.name}"]
-        self._stopper = self._start(["sh", "-c", _STOPPER, "sh", *find], **{**_ASIDE, "stdin": PIPE})
+        self._stopper = self._beside(["sh", "-c", _STOPPER, "sh", *find], PIPE)
         signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
         own = ["--rm", "--name", self.name, "--label", f"{NAME_LABEL}={self.name}", "--stop-timeout", str(STOP_S)]
         # With the descriptor of the lease: should we be killed, the client is as good a holder.
-        self._client = self._start(["docker", "run", *arguments, *own, *_streams(), *words], close_fds=False)
+        command = ["docker", "run", *arguments, *own, *_streams(), *words]
+        unblock = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)  # noqa: E731
+        self._client = subprocess.Popen(command, text=True, close_fds=False, preexec_fn=unblock)  # noqa: S603
         code = self._end_of(self._client)
         if code < 0:
             code = 128 - code
             if terminal:  # which it has left in raw mode
                 termios.tcsetattr(0, termios.TCSANOW, terminal)
+            if self._find() == "":
+                time.sleep(RETRY_S)  # the daemon may be about to make the container that it was asked for
         return self._end_without_client(code, was_there)
 
     def _end_without_client(self, code: int, was_there: bool) -> int:
@@ -155,7 +156,7 @@ class Container:
                 told = True
                 text = "注意: docker のクライアントが終了しました。コンテナが終わるまで GPU を返しません: {}"
                 self._tell(say(text, container or self.name))
-            end = self._start(["docker", "wait", container or self.name], **_ASIDE)
+            end = self._beside(["docker", "wait", container or self.name])
             self._end_of(end)
             answer = end.communicate()[0].strip()
             if answer.isdecimal():
@@ -208,19 +209,22 @@ class Container:
     def _docker(self, *words: str) -> str | None:
         """Return what a command of docker answers, ``None`` if it fails."""
         for _ in range(20):
-            process = self._start(["docker", *words], **_ASIDE)
+            process = self._beside(["docker", *words])
             answer = process.communicate()[0].strip()
             if process.returncode in (0, 1):
                 break  # else ``--stop`` has ended it, which does so once to each process
         return answer if process.returncode == 0 else None
 
-    def _start(self, words: list[str], **options: Any) -> subprocess.Popen[str]:
-        unblock = lambda: signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)  # noqa: E731
-        return subprocess.Popen(words, text=True, preexec_fn=unblock, **options)  # noqa: S603 - the user's own
+    def _beside(self, words: list[str], stdin: int = DEVNULL) -> subprocess.Popen[str]:
+        """Start what tells us something, out of reach of the terminal and, until it handles it, of TERM."""
 
+        def prepare() -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-#: what is started beside the client, out of reach of the terminal
-_ASIDE: dict[str, Any] = {"stdin": DEVNULL, "stdout": PIPE, "stderr": DEVNULL, "start_new_session": True}
+        return subprocess.Popen(  # noqa: S603 - the docker of the user
+            words, text=True, stdin=stdin, stdout=PIPE, stderr=DEVNULL, start_new_session=True, preexec_fn=prepare
+        )
 
 
 def _streams() -> list[str]:

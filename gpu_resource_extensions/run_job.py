@@ -51,6 +51,7 @@ def job_environment(allocation: Mapping[str, Any]) -> dict[str, str]:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the numbering of NVML, and so of the pool
         "OMP_NUM_THREADS": cpus if ours else str(threads),
         "GPU_TASK_ID": allocation["task_id"],
+        "GPU_TASK_CPUS": cpus,
         "GPU_TASK_THREADS": cpus if ours else "",  # tells the next allocation whose number that is
     }
 

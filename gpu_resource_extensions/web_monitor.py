@@ -341,6 +341,7 @@ def application(board: Board, allowed_hosts: Sequence[str] = ()) -> App:
         kind: Any = {"media_type": "text/event-stream", "headers": {"x-accel-buffering": "no"}}
         if request.method == "HEAD":
             return Response(**kind)
+        await board.look()
         return StreamingResponse(board.events(language(request)), **kind)
 
     def constant(content: str, media_type: str) -> Callable[[Request], Awaitable[Response]]:
@@ -421,14 +422,15 @@ def serve(app: App, listener: socket.socket) -> NoReturn:
             self._cycle_before: object = None
             self._unread_since_s = math.inf
             self._check = self.loop.call_later(PATIENCE_S, self._drop_if_stuck)
-            others = [*self.every]
-            if len(others) >= MOST_CONNECTIONS:
-                next((other for other in others if other.is_idle()), others[0]).transport.abort()
+            if len(self.every) >= MOST_CONNECTIONS:
+                dropped = next((other for other in self.every if other.is_idle()), next(iter(self.every)))
+                del self.every[dropped]  # now, for it is told only after others that have come at the same time
+                dropped.transport.abort()
             self.every[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._check.cancel()
-            del self.every[self]
+            self.every.pop(self, None)
             super().connection_lost(exc)
 
         def is_idle(self) -> bool:

@@ -524,6 +524,7 @@ td.ended::before { content: "! "; color: inherit; font-weight: 700; }
 SCRIPT = """\
 "use strict";
 const ALIVE_MS = 25000;  // the monitor says something every 10 s, so without a word for so long it is out of reach
+const language = document.documentElement.lang;
 const main = document.querySelector("main");
 const live = document.querySelector("#live");
 const lost = document.querySelector("#lost");
@@ -537,7 +538,7 @@ function hear() {
 function show(isLive) {
   live.hidden = !isLive;
   lost.hidden = isLive;
-  lost.textContent = isLive ? "" : lost.dataset.text.replace("{}", heard.toLocaleTimeString(document.documentElement.lang));
+  lost.textContent = isLive ? "" : lost.dataset.text.replace("{}", heard.toLocaleTimeString(language));
   document.body.classList.toggle("old", !isLive);
 }
 
@@ -554,7 +555,7 @@ function update(old, next) {
 }
 
 function connect() {
-  stream = new EventSource("events?lang=" + document.documentElement.lang);
+  stream = new EventSource("events?lang=" + language);
   stream.onmessage = (event) => {
     const next = new DOMParser().parseFromString(event.data, "text/html").querySelector("main");
     if (next.dataset.build !== main.dataset.build) location.reload();

@@ -119,6 +119,7 @@ class Daemon:
         elif asked["verb"] == "stop":
             container.stop()
         else:
+            container.process.kill()
             self.containers.remove(container)
         return 0, f"{asked['container']}\n", ""
 

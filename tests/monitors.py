@@ -18,8 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-from conftest import GUARD_S, PROJECT
+from conftest import GUARD_S, PROJECT, needed
 
 from gpu_resource_manager_v01 import (
     State,
@@ -38,7 +37,7 @@ COMMAND = sys.executable, "-m", "gpu_resource_extensions.web_monitor"
 
 def skip_without_packages() -> None:
     for name in ("starlette", "uvicorn", "prometheus_client"):
-        pytest.importorskip(name, reason=f"{name} is not installed (requirements_services.txt)")
+        needed(name)
 
 
 class Answer(NamedTuple):

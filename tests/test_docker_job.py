@@ -100,6 +100,10 @@ class Docker:
 
     def end(self) -> None:
         self.process.communicate()
+        for found in Path("/proc").glob("[0-9]*/cmdline"):  # a killed one leaves those that look after containers
+            with contextlib.suppress(OSError):
+                if f"{self.directory}/exec/".encode() in found.read_bytes():
+                    os.kill(int(found.parent.name), signal.SIGKILL)
 
     def __call__(self, *words: str, stdin: IO[bytes] | None = None) -> Result:
         environment = {**os.environ, **self.environment}
@@ -121,6 +125,18 @@ class Docker:
     def job(self, *words: str, **options: Any) -> Result:
         return finish(self.start_job(*words, **options))
 
+    @contextlib.contextmanager
+    def running_job(self, *words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a job; at the end of the block its container is killed, if it is there yet."""
+        job = self.start_job(*words, **options)
+        try:
+            yield job
+        finally:
+            for container in self.containers(options.get("task_id", "job")):
+                self("kill", container)
+            if job.returncode is None:
+                job.communicate(timeout=GUARD_S)
+
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[Docker]:
@@ -141,13 +157,14 @@ def engine() -> Iterator[Docker]:
     if os.geteuid() != 0:
         pytest.skip("only root can start dockerd")
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    places = {name: shutil.which(name, path=path) for name in ("dockerd", "docker", "busybox")}
+    places = {name: shutil.which(name, path=path) for name in ("dockerd", "docker", "busybox", "unshare")}
     if missing := [name for name, place in places.items() if not place]:
         pytest.skip(f"no {', no '.join(missing)} to test with (Debian: docker.io, busybox-static)")
     with tempfile.TemporaryDirectory(prefix="gpu-test-") as name:
         directory = Path(name)
         directory.chmod(0o755)
-        daemon = [str(places["dockerd"]), f"--data-root={name}/data", f"--exec-root={name}/exec"]
+        # Of what it mounts, nothing is left when it is killed.
+        daemon = ["unshare", "--mount", str(places["dockerd"]), f"--data-root={name}/data", f"--exec-root={name}/exec"]
         daemon += [f"--host=unix://{name}/socket", f"--pidfile={name}/pid", "--storage-driver=vfs"]
         daemon += ["--iptables=false", "--ip6tables=false", "--bridge=none"]
         docker = Docker(directory, daemon, str(places["docker"]), "--network=none")
@@ -168,13 +185,16 @@ def engine() -> Iterator[Docker]:
             docker.end()
 
 
-@pytest.fixture(scope="module", params=[stand_in, engine], ids=["stand-in", "engine"])
+ENGINE = pytest.param(engine, id="engine", marks=pytest.mark.services)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(stand_in, id="stand-in"), ENGINE])
 def docker(request: pytest.FixtureRequest) -> Iterator[Docker]:
     with request.param() as made:
         yield made
 
 
-on_engine = pytest.mark.parametrize("docker", [engine], ids=["engine"], indirect=True)
+on_engine = pytest.mark.parametrize("docker", [ENGINE], indirect=True)
 on_stand_in = pytest.mark.parametrize("docker", [stand_in], ids=["stand-in"], indirect=True)
 
 
@@ -182,7 +202,14 @@ on_stand_in = pytest.mark.parametrize("docker", [stand_in], ids=["stand-in"], in
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Jobs start in the directory of the test; of what we run in they get neither GPUs nor ignored signals."""
     monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "GPU_TASK_THREADS", "GPU_TASK_ID", "CUDA_VISIBLE_DEVICES", "KEEP_GPUS"):
+    for name in (
+        "OMP_NUM_THREADS",
+        "GPU_TASK_THREADS",
+        "GPU_TASK_CPUS",
+        "GPU_TASK_ID",
+        "CUDA_VISIBLE_DEVICES",
+        "KEEP_GPUS",
+    ):
         monkeypatch.delenv(name, raising=False)
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGQUIT)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -205,7 +232,7 @@ def test_options_of_an_allocation(tmp_path: Path) -> None:
     expected = [
         *("--init", "--gpus", '"device=2,3"', "--cpus", "8"),
         *("--env", "CUDA_VISIBLE_DEVICES=0,1", "--env", "CUDA_DEVICE_ORDER=PCI_BUS_ID", "--env", "OMP_NUM_THREADS=8"),
-        *("--env", "GPU_TASK_ID=my_training", "--env", "GPU_TASK_THREADS=8"),
+        *("--env", "GPU_TASK_ID=my_training", "--env", "GPU_TASK_CPUS=8", "--env", "GPU_TASK_THREADS=8"),
         *("--user", f"{os.getuid()}:{os.getgid()}"),
         *("--mount", place, "--workdir", str(tmp_path), "--label", "gpu-resource.task=my_training"),
     ]
@@ -296,7 +323,7 @@ def test_files_in_the_container_are_those_of_the_user(docker: Docker, lab: Path,
 
 def test_streams_are_those_of_the_job(docker: Docker) -> None:
     read, write = os.pipe()
-    with docker.start_job(IMAGE, "sh", "-c", "cat; echo error >&2", stdin=read) as job:
+    with docker.running_job(IMAGE, "sh", "-c", "cat; echo error >&2", stdin=read) as job:
         os.close(read)
         text = b"line\n" * 100_000
         with open(write, "wb") as file, ThreadPoolExecutor() as pool:
@@ -332,7 +359,7 @@ def test_options_of_docker_run_may_stand_ahead_of_the_image(docker: Docker, tmp_
 
 @pytest.mark.parametrize("task_id", ["_", "日本語 の タスク", "a=b/c,d", "-".join(["x"] * 64)])
 def test_container_of_any_task_is_named_and_found_by_it(task_id: str, docker: Docker, tmp_path: Path) -> None:
-    with docker.start_job(IMAGE, "sh", "-c", f"touch ready; {UNTIL_END}", task_id=task_id) as job:
+    with docker.running_job(IMAGE, "sh", "-c", f"touch ready; {UNTIL_END}", task_id=task_id) as job:
         wait_until((tmp_path / "ready").exists, "a container that runs")
         assert len(docker.containers(task_id)) == 1
         [name] = valued(docker.told(), "--name")
@@ -387,7 +414,7 @@ def test_docker_that_is_not_installed() -> None:
 
 @pytest.mark.parametrize("missing", ["GPU_TASK_ID", "CUDA_VISIBLE_DEVICES"])
 def test_job_without_gpus_is_refused(missing: str) -> None:
-    granted = {"GPU_TASK_ID": "job", "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    granted = {"GPU_TASK_ID": "job", "CUDA_VISIBLE_DEVICES": "0,1", "GPU_TASK_CPUS": "1", "PYTHONPATH": str(PROJECT)}
     result = finish(start(*JOB[1:], IMAGE, "true", env={**granted, missing: ""}))
     assert (result.code, result.out) == (125, "")
     assert result.err.startswith("✗ ") and "gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker " in result.err
@@ -403,45 +430,33 @@ def test_usage_is_shown(words: list[str], code: int) -> None:
 # --- Its end --------------------------------------------------------------------------------------
 
 
-class Running:
-    """A job whose container runs until there is a file ``end``, which then exits 3, and 5 on a signal."""
+def client_of(run: int) -> int:
+    """Return the docker client of a ``--run``."""
+    [found] = [process.pid for process in descendants(run) if " --init " in process.command]
+    return found
 
-    def __init__(self, docker: Docker, *options: str, ignored: bool = False) -> None:
-        on_signal = "" if ignored else "exit 5"
-        trap = f"trap '{on_signal}' TERM INT HUP QUIT USR1 USR2"
-        self.docker, self.directory = docker, Path.cwd()
-        self.run = docker.start_job(*options, IMAGE, "sh", "-c", f"{trap}; touch ready; {UNTIL_END}; exit 3")
-        wait_until((self.directory / "ready").exists, "a container that runs")
 
-    def __enter__(self) -> Running:
-        return self
+def kill_client_of(run: int) -> None:
+    """Kill the docker client of a ``--run``, and wait until docker has been asked for the end of its container."""
+    os.kill(client_of(run), signal.SIGKILL)
+    wait_until(lambda: asks_for_the_end(run), "a docker wait")
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
-        for container in self.docker.containers():
-            self.docker("kill", container)
-        self.run.communicate(timeout=GUARD_S)
 
-    def end(self) -> None:
-        (self.directory / "end").touch()
+def asks_for_the_end(run: int) -> bool:
+    for process in descendants(run):
+        if " wait " in process.command:
+            with contextlib.suppress(OSError):  # it has ended
+                return any(os.readlink(it).startswith("socket:") for it in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False
 
-    @property
-    def client(self) -> int:
-        [found] = [process.pid for process in descendants(self.run.pid) if " --init " in process.command]
-        return found
 
-    @property
-    def job(self) -> int:
-        [found] = [process.pid for process in descendants(self.run.pid) if "docker_job" in process.command]
-        return found
-
-    def kill_client(self) -> None:
-        client = self.client
-        os.kill(client, signal.SIGKILL)
-        assert self.run.stderr is not None
-        while (line := self.run.stderr.readline()) and not line.startswith("注意: docker のクライアント".encode()):
-            pass
-        assert line, "it says so"
+@contextlib.contextmanager
+def a_job(docker: Docker, *options: str, ignored: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a job whose container runs until there is a file ``end``; it then exits 3, and 5 on a signal."""
+    trap = f"trap '{'' if ignored else 'exit 5'}' TERM INT HUP QUIT USR1 USR2"
+    with docker.running_job(*options, IMAGE, "sh", "-c", f"{trap}; touch ready; {UNTIL_END}; exit 3") as run:
+        wait_until(Path("ready").exists, "a container that runs")
+        yield run
 
 
 def is_held(pool: Path) -> bool:
@@ -452,83 +467,87 @@ def is_held(pool: Path) -> bool:
 
 @pytest.mark.parametrize("number", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2"])
 def test_signal_reaches_the_container(number: str, docker: Docker, pool: Path) -> None:
-    with Running(docker) as it:
-        it.run.send_signal(signal.Signals[f"SIG{number}"])
-        assert it.run.wait(GUARD_S) == 5
+    with a_job(docker) as it:
+        it.send_signal(signal.Signals[f"SIG{number}"])
+        assert it.wait(GUARD_S) == 5
     assert running(pool) == []
 
 
 def test_term_to_a_container_that_does_not_end_is_followed_by_kill(docker: Docker) -> None:
-    with Running(docker, "--stop-timeout", "1", ignored=True) as it:
-        it.run.terminate()
-        assert it.run.wait(GUARD_S) == 128 + signal.SIGKILL
+    with a_job(docker, "--stop-timeout", "1", ignored=True) as it:
+        it.terminate()
+        assert it.wait(GUARD_S) == 128 + signal.SIGKILL
 
 
 def test_gpus_are_held_until_the_container_has_ended_though_its_client_is_killed(docker: Docker, pool: Path) -> None:
-    with Running(docker) as it:
-        it.kill_client()
+    with a_job(docker) as it:
+        kill_client_of(it.pid)
         assert is_held(pool)
-        it.end()
-        assert it.run.wait(GUARD_S) == 3, "that of the container"
+        Path("end").touch()
+        _, err = it.communicate(timeout=GUARD_S)
+        assert it.returncode == 3, "that of the container"
+        assert "注意: docker のクライアントが終了しました" in err.decode()
     assert (running(pool), docker.containers()) == ([], [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_reaches_a_container_whose_client_was_killed(number: int, docker: Docker) -> None:
-    with Running(docker) as it:
-        it.kill_client()
-        it.run.send_signal(number)
-        assert it.run.wait(GUARD_S) == 5
+    with a_job(docker) as it:
+        kill_client_of(it.pid)
+        it.send_signal(number)
+        assert it.wait(GUARD_S) == 5
 
 
 def test_name_that_the_user_has_given_changes_nothing(docker: Docker, pool: Path) -> None:
-    with Running(docker, "--name", "my_own") as it:
-        it.kill_client()
+    with a_job(docker, "--name", "my_own") as it:
+        kill_client_of(it.pid)
         assert is_held(pool)
-        it.run.terminate()
-        assert it.run.wait(GUARD_S) == 5
+        it.terminate()
+        assert it.wait(GUARD_S) == 5
 
 
 def test_gpus_are_held_until_the_container_has_ended_though_the_job_is_killed(docker: Docker, pool: Path) -> None:
-    with Running(docker) as it:
-        os.kill(it.job, signal.SIGKILL)
-        assert it.run.wait(GUARD_S) == 128 + signal.SIGKILL
+    with a_job(docker) as it:
+        [job] = [process.pid for process in descendants(it.pid) if "docker_job" in process.command]
+        os.kill(job, signal.SIGKILL)
+        assert it.wait(GUARD_S) == 128 + signal.SIGKILL
         assert is_held(pool)
-        it.end()
+        Path("end").touch()
         wait_until(lambda: not is_held(pool), "the end of the task")
     assert docker.containers() == []
 
 
 def test_stop_ends_the_container_and_leaves_none(docker: Docker, pool: Path) -> None:
-    with Running(docker) as it:
+    with a_job(docker) as it:
         assert cli("--stop", "job").code == 0
         assert (docker.containers(), running(pool)) == ([], [])
-        assert it.run.wait(GUARD_S) == 5
+        assert it.wait(GUARD_S) == 5
 
 
+@on_engine
 @pytest.mark.parametrize("is_client_killed", [False, True])
 def test_stop_ends_a_container_that_ignores_it_ahead_of_its_own_kill(
     is_client_killed: bool, docker: Docker, pool: Path
 ) -> None:
-    with Running(docker, ignored=True) as it:
+    with a_job(docker, ignored=True) as it:
         if is_client_killed:
-            it.kill_client()
+            kill_client_of(it.pid)
         assert cli("--stop", "job").code == 0
         assert (docker.containers(), running(pool)) == ([], [])
-        assert it.run.wait(GUARD_S) == 128 + signal.SIGKILL
+        assert it.wait(GUARD_S) == 128 + signal.SIGKILL
 
 
 def test_container_is_ended_though_stop_kills_all_of_ours_ahead_of_it(docker: Docker) -> None:
-    with Running(docker, "--stop-timeout", "2", ignored=True) as it:
-        assert cli("--stop", "job", "--grace", "0.5").code == 0
-        assert it.run.wait(GUARD_S) == 128 + signal.SIGKILL
+    with a_job(docker, "--stop-timeout", "4", ignored=True):
+        assert cli("--stop", "job", "--grace", "3").code == 0
         wait_until(lambda: not docker.containers(), "the end of the container")
 
 
 def test_container_that_is_left_when_all_of_ours_is_killed_is_found_and_removed(docker: Docker) -> None:
-    with Running(docker) as it:
-        for pid in [it.run.pid, *(process.pid for process in descendants(it.run.pid))]:
-            os.kill(pid, signal.SIGKILL)
+    with a_job(docker) as it:
+        for pid in [it.pid, *(process.pid for process in descendants(it.pid))]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended with the one before
+                os.kill(pid, signal.SIGKILL)
         [container] = docker.containers()
         assert docker("rm", "--force", container).code == 0
         assert docker.containers() == []
@@ -539,14 +558,15 @@ def test_gpus_are_held_by_a_container_whose_client_is_killed_while_it_starts(
     docker: Docker, pool: Path, tmp_path: Path
 ) -> None:
     (docker.directory / "slow").touch()
-    with docker.start_job(IMAGE, "sh", "-c", f"touch ready; {UNTIL_END}; exit 3") as job:
+    with docker.running_job(IMAGE, "sh", "-c", f"touch ready; {UNTIL_END}; exit 3") as job:
         wait_until(docker.containers, "a container that starts")
-        [client] = [process.pid for process in descendants(job.pid) if " --init " in process.command]
+        client = client_of(job.pid)
         os.kill(client, signal.SIGKILL)
         wait_until(lambda: not is_alive(client), "the end of the client")
         assert is_held(pool)
         (docker.directory / "slow").unlink()
         wait_until((tmp_path / "ready").exists, "a container that runs")
+        wait_until(lambda: asks_for_the_end(job.pid), "a docker wait")
         assert is_held(pool)
         (tmp_path / "end").touch()
         job.communicate(timeout=GUARD_S)
@@ -556,7 +576,7 @@ def test_gpus_are_held_by_a_container_whose_client_is_killed_while_it_starts(
 @on_engine
 @pytest.mark.parametrize("share", range(10))
 def test_client_killed_at_any_moment_leaves_no_container(share: int, docker: Docker, pool: Path) -> None:
-    with docker.start_job(IMAGE, "sh", "-c", "exit 3") as job:
+    with docker.running_job(IMAGE, "sh", "-c", "exit 3") as job:
         wait_until(lambda: [it for it in descendants(job.pid) if " --init " in it.command], "a client")
         [client] = [it.pid for it in descendants(job.pid) if " --init " in it.command]
         time.sleep(share / 20)  # a start takes about half a second
@@ -567,15 +587,16 @@ def test_client_killed_at_any_moment_leaves_no_container(share: int, docker: Doc
     assert (docker.containers(), running(pool)) == ([], [])
 
 
+@pytest.mark.services
 def test_gpus_are_held_until_a_daemon_that_was_killed_tells_that_the_container_has_ended(pool: Path) -> None:
-    with engine() as docker, Running(docker) as it:
+    with engine() as docker, a_job(docker) as it:
         pids = [int((docker.directory / name).read_text()) for name in ("pid", "exec/containerd/containerd.pid")]
         os.kill(pids[0], signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, pids)), "the end of the daemon")
+        wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "the end of the daemon")
         assert is_held(pool)
-        assert it.run.poll() is None
+        assert it.poll() is None
         docker.start()  # which ends what ran
-        assert it.run.wait(GUARD_S) != 0
+        assert it.wait(GUARD_S) != 0
         assert not is_held(pool)
 
 
@@ -663,8 +684,7 @@ def test_terminal_is_as_it_was_when_the_client_is_killed(docker: Docker, tmp_pat
         before = termios.tcgetattr(it.terminal)
         it.read_until("ready")
         assert termios.tcgetattr(it.terminal) != before, "raw, for the container has a terminal of its own"
-        [client] = [process.pid for process in descendants(it.pid) if " --init " in process.command]
-        os.kill(client, signal.SIGKILL)
+        kill_client_of(it.pid)
         wait_until(lambda: termios.tcgetattr(it.terminal) == before, "the terminal as it was")
         it.type(b"\x03")
         assert it.code() == 5
@@ -676,6 +696,7 @@ def test_gpus_are_held_by_a_container_that_was_detached_from(docker: Docker, poo
         it.read_until("ready")
         it.type(b"\x10\x11")
         it.read_until("コンテナが終わるまで")
+        wait_until(lambda: asks_for_the_end(it.pid), "a docker wait")
         assert is_held(pool)
         (tmp_path / "end").touch()
         assert it.code() == 3

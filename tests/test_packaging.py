@@ -142,7 +142,9 @@ def test_the_library_and_every_extension_can_be_imported_from_another_directory(
     installed: Installed, tmp_path: Path
 ) -> None:
     extensions = sorted(path.stem for path in (PROJECT / "gpu_resource_extensions").glob("[!_]*.py"))
-    extensions = [name for name in extensions if name not in ("airflow_tasks", "airflow_example_dag")]  # by Airflow alone
+    extensions = [
+        name for name in extensions if name not in ("airflow_tasks", "airflow_example_dag")
+    ]  # by Airflow alone
     assert extensions
     names = ["gpu_resource_manager_v01", "cli_v01", *(f"gpu_resource_extensions.{name}" for name in extensions)]
     program = f"import sys, {', '.join(names)}; print(*(sys.modules[name].__file__ for name in {names}), sep='\\n')"

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import GUARD_S, PROJECT
+from conftest import GUARD_S, PROJECT, needed
 from database_servers import free_port, fresh_database, wait_until
 from monitors import COMMAND, HOSTILE, Monitor, disable, end, made_state, skip_without_packages, write
 from screens import cli
@@ -338,7 +338,7 @@ def test_page_brings_all_it_needs_and_nothing_inline(monitor: Monitor) -> None:
 
 def test_it_answers_while_many_are_slow_to_ask(pool: Path) -> None:
     write(pool, made_state())
-    few_files = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (500, 500))"
+    few_files = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (700, 700))"
     with Monitor(pool, setting=few_files) as monitor, ExitStack() as slow:
         for number in range(1000):
             connection = slow.enter_context(monitor.connect("GET / HTTP/1.1\nHost: localhost\n"))
@@ -347,6 +347,7 @@ def test_it_answers_while_many_are_slow_to_ask(pool: Path) -> None:
         assert monitor.get("/").status == 200
         viewer = slow.enter_context(monitor.events())
         assert next(viewer)[0] == "message"
+        assert monitor.stop() == ""
 
 
 def test_it_answers_while_many_view_and_never_read(pool: Path) -> None:
@@ -392,6 +393,7 @@ def test_who_is_too_slow_is_dropped_and_who_is_not_stays(pool: Path) -> None:
                 assert ends(connection), slow
         with monitor.connect(GET.format("/") * 400, receive_bytes=2048) as connection:
             # Nothing is read until the other end has gone, with most of the answers never sent.
+            wait_until(lambda: is_open_at_other_end(monitor, connection), "it takes the connection")
             wait_until(lambda: not is_open_at_other_end(monitor, connection), "it drops who reads nothing")
         write(pool, made_state(100, tasks=["news"]))
         assert any("news" in data for _, data in viewer)
@@ -415,7 +417,7 @@ def silent_database() -> Iterator[tuple[str, socket.socket]]:
 
 
 def test_it_answers_while_a_database_says_nothing(pool: Path) -> None:
-    pytest.importorskip("redis", reason="redis is not installed (requirements_services.txt)")
+    needed("redis")
     setting = "web_monitor.LOOK_LIMIT_S = 3"
     with silent_database() as (url, _), Monitor(url, setting=setting) as monitor, ExitStack() as viewers:
         assert "応答を待っています" in banner(monitor.get("/?lang=ja").text)
@@ -455,7 +457,7 @@ def test_it_ends_with_viewers_and_slow_ones_connected(pool: Path, number: int) -
 
 
 def test_it_ends_while_a_look_waits_for_a_database() -> None:
-    pytest.importorskip("redis", reason="redis is not installed (requirements_services.txt)")
+    needed("redis")
     with silent_database() as (url, silent):
         monitor = Monitor(url)
         silent.accept()[0].close()
@@ -623,6 +625,8 @@ def test_nginx_of_the_readme_wants_tls_and_a_login_and_lets_events_through(
     if not nginx or os.geteuid() != 0:
         pytest.skip("nginx is not installed, or we are not root")
     (block,) = recipe.marked("monitor_nginx")
+    (below_a_path,) = re.findall("`(location .*})`", recipe.text)
+    block = block.replace("    location / {", f"    {below_a_path}\n    location / {{")
     etc, port = tmp_path / "etc", free_port()
     (etc / "conf.d").mkdir(parents=True)
     write(pool, made_state(tasks=["old"]))
@@ -653,7 +657,9 @@ def test_nginx_of_the_readme_wants_tls_and_a_login_and_lets_events_through(
             page = ask("/", Authorization=login)
             assert page.status == 200 and "old" in page.read().decode()
             assert page.headers["content-security-policy"]
-            events = ask("/events", Authorization=login)
+            for link in re.findall(r'(?:src|href)="([^"]*)"', ask("/gpu/", Authorization=login).read().decode()):
+                assert ask(f"/gpu/{link}", Authorization=login).status == 200
+            events = ask("/gpu/events", Authorization=login)
             assert events.status == 200
             assert any(b"old" in line for line in iter(events.readline, b""))
             GPUResourceManagerV01(pool).allocate_resources("newcomer", 2, 8)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import GUARD_S
+from conftest import GUARD_S, needed
 from database_servers import wait_until
 from monitors import HOSTILE, Monitor, disable, end, made_state, skip_without_packages, write
 
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 skip_without_packages()
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed (requirements_services.txt)"
-)
+playwright = needed("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.services,
@@ -268,9 +266,11 @@ def test_page_of_an_earlier_release_loads_itself_anew(browser: Browser, pool: Pa
     monitor = Monitor(pool, setting="web_monitor.web_page.BUILD = 'earlier'")
     with opened(browser, monitor.url) as page:
         page.wait_for_selector("#live:not([hidden])")
+        assert page.locator("link[href='page.css?earlier']").count() == 1
         monitor.stop()
         with Monitor(pool, port=monitor.port):
-            page.wait_for_selector("main:not([data-build=earlier])")
+            page.wait_for_selector("link[href='page.css?earlier']", state="detached")
+            page.wait_for_selector("#live:not([hidden])")
 
 
 # --- Who reads it ---------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_language_is_that_of_the_browser_and_a_link_leads_to_the_other(
 def test_accessibility_checker_finds_nothing(
     browser: Browser, pool: Path, servers: int, size: tuple[int, int], scheme: str
 ) -> None:
-    checker = pytest.importorskip("axe_playwright_python", reason="axe is not installed (requirements_services.txt)")
+    checker = needed("axe_playwright_python")
     source = (Path(checker.__file__).parent / "axe.min.js").read_text("utf-8")
     write(pool, every_state(servers))
     with Monitor(pool) as monitor:
