@@ -31,14 +31,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import cli_v01
 from gpu_resource_extensions import web_page
+from gpu_resource_extensions.metrics import pool_label
 from gpu_resource_extensions.web_page import LANGUAGES, SLOT_S, SLOTS, Seen
 from gpu_resource_manager_v01 import (
     LANGUAGE_VARIABLE,
     GPUResourceManagerV01,
     MissingPackageError,
     ResourceManagerError,
-    host_name,
-    is_url,
     placed_tasks,
     printable,
     say,
@@ -192,7 +191,7 @@ def past_of(prometheus: str, resource_file: str) -> list[float | None]:
     :raises OSError: it does not answer.
     :raises ValueError: what it answers is no such curve.
     """
-    pool = json.dumps(printable(resource_file if is_url(resource_file) else f"{host_name()}:{resource_file}"))
+    pool = json.dumps(pool_label(resource_file))
     share = f"sum(gpu_resource_gpus_held{{pool={pool}}}) / sum(gpu_resource_gpus{{pool={pool}}})"
     first = int(time.time() // SLOT_S) - SLOTS + 1
     parameters = {
