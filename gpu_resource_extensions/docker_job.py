@@ -27,6 +27,7 @@ from gpu_resource_manager_v01 import ResourceManagerError, say
 TASK_LABEL = "gpu-resource.task"  # of each container, with its task: what is left over is found by it
 NAME_LABEL = "gpu-resource.name"  # one container of ours, whatever name the user gives it
 STOP_S = 7  # from TERM to KILL by docker, shorter than that of ``--stop``; an option of the user may change it
+TOLD_S = 0.3  # after which ``--stop`` has told all that it has found
 RETRY_S = 1.0  # between two attempts to reach a daemon that is away
 EXIT_DOCKER = 125  # as ``docker run`` has it: docker itself failed
 
@@ -35,7 +36,8 @@ _PASSED_ON = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, sign
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _FIND = ["ps", "--all", "--quiet", "--no-trunc", "--filter"]
 # Lets docker stop the container, and tells which, once it is given a line; "$@" finds it. ``--stop`` sends TERM to each
-# process of a job when it first sees it, by which a docker client gives up: so these two are there from the start.
+# process of a job when it first sees it, by which a docker client gives up: so these two are there from the start, and
+# become docker clients when they have been told.
 _STOPPER = '{ read -r _ && exec docker "$@"; } | { read -r found && echo "$found" && exec docker stop "$found" >&2; }'
 
 _USAGE = (
@@ -44,7 +46,7 @@ _USAGE = (
 )
 # For ContainerError: the reason, and what to do.
 _NOT_GRANTED = (
-    "GPU を借りていません (GPU_TASK_ID か CUDA_VISIBLE_DEVICES がありません)",
+    "GPU を借りていません (GPU_TASK_ID、GPU_TASK_CPUS、CUDA_VISIBLE_DEVICES が揃っていません)",
     "gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker IMAGE COMMAND のように実行してください",
 )
 _NO_DIRECTORY = "今のディレクトリに入れません: {}", "存在するディレクトリに移ってから実行してください"
@@ -198,6 +200,7 @@ class Container:
         to, answers = self._stopper.stdin, self._stopper.stdout
         if not to or not answers or to.closed:
             return False
+        time.sleep(TOLD_S)
         with suppress(BrokenPipeError), to:
             to.write("\n")
         return answers.readline() != ""

@@ -570,8 +570,8 @@ ENGLISH: dict[str, str] = {
     "コンテナを始められません: {reason}\n  対処: {remedy}": (
         "The container cannot be started: {reason}\n  What to do: {remedy}"
     ),
-    "GPU を借りていません (GPU_TASK_ID か CUDA_VISIBLE_DEVICES がありません)": (
-        "no GPUs are borrowed (GPU_TASK_ID or CUDA_VISIBLE_DEVICES is missing)"
+    "GPU を借りていません (GPU_TASK_ID、GPU_TASK_CPUS、CUDA_VISIBLE_DEVICES が揃っていません)": (
+        "no GPUs are borrowed (GPU_TASK_ID, GPU_TASK_CPUS or CUDA_VISIBLE_DEVICES is missing)"
     ),
     "gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker IMAGE COMMAND のように実行してください": (
         "run it as in gpu-resource --run NAME GPUS CPUS -- gpu-resource-docker IMAGE COMMAND"

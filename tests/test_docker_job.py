@@ -32,6 +32,7 @@ from conftest import ALICE, GUARD_S, LAB, PROJECT, Children, become, running
 from database_servers import is_alive, wait_until
 from docker_stand_in import IMAGE
 from screens import CLI, Result, cli, finish, start
+from test_readme import JAPANESE, bash
 
 from gpu_resource_extensions.docker_job import ContainerError, docker_arguments, main
 from gpu_resource_extensions.leases import descendants
@@ -313,7 +314,7 @@ def test_files_in_the_container_are_those_of_the_user(docker: Docker, lab: Path,
     def work() -> None:
         os.chdir(lab)
         become(ALICE, [LAB, ALICE], 0o022)
-        os.environ.update(docker.environment, GPU_TASK_ID="job", CUDA_VISIBLE_DEVICES="0,1", OMP_NUM_THREADS="1")
+        os.environ.update(docker.environment, GPU_TASK_ID="job", CUDA_VISIBLE_DEVICES="0,1", GPU_TASK_CPUS="1")
         assert main([IMAGE, "sh", "-c", "(id -u; id -g; id -G) >file"]) == 0
 
     assert children.run(work) == 0
@@ -375,6 +376,30 @@ def test_two_containers_of_one_task_do_not_get_in_each_others_way(docker: Docker
     assert finish(start(*asked, env=docker.environment)) == (0, "hello\n", ANY)
 
 
+@on_engine
+def test_recipe_of_the_page(docker: Docker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [block.text for block in JAPANESE.blocks if block.language == "sh"]
+    [run] = [text for text in blocks if "-- gpu-resource-docker IMAGE python train.py" in text]
+    [find] = [text for text in blocks if text.startswith("docker ps ")]
+    commands = {"gpu-resource": [sys.executable, str(CLI)], "gpu-resource-docker": JOB}
+    (tmp_path / "bin").mkdir()
+    for name, words in commands.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name, value in docker.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    run = run.replace(" 2 8 ", " 2 1 ").replace("IMAGE python", f"{IMAGE} sh")  # there may be but one CPU
+    (tmp_path / "train.py").write_text(f'echo "$CUDA_VISIBLE_DEVICES"; touch ready; {UNTIL_END}')
+    with subprocess.Popen(["bash", "-c", run], stdout=subprocess.PIPE) as job:
+        wait_until((tmp_path / "ready").exists, "a container that runs")
+        found = bash(find.splitlines()[0], tmp_path).splitlines()[1].split()
+        assert found[1] == IMAGE
+        bash(find.replace("CONTAINER", found[0]), tmp_path)
+        assert job.communicate(timeout=GUARD_S)[0] == b"0,1\n"
+        assert job.returncode == 128 + signal.SIGKILL
+
+
 # --- What docker refuses --------------------------------------------------------------------------
 
 
@@ -412,7 +437,7 @@ def test_docker_that_is_not_installed() -> None:
     assert "docker: No such file" in result.err
 
 
-@pytest.mark.parametrize("missing", ["GPU_TASK_ID", "CUDA_VISIBLE_DEVICES"])
+@pytest.mark.parametrize("missing", ["GPU_TASK_ID", "GPU_TASK_CPUS", "CUDA_VISIBLE_DEVICES"])
 def test_job_without_gpus_is_refused(missing: str) -> None:
     granted = {"GPU_TASK_ID": "job", "CUDA_VISIBLE_DEVICES": "0,1", "GPU_TASK_CPUS": "1", "PYTHONPATH": str(PROJECT)}
     result = finish(start(*JOB[1:], IMAGE, "true", env={**granted, missing: ""}))
@@ -629,9 +654,8 @@ class Terminal:
 
     def code(self) -> int:
         """Return the exit code, once all that is shown has been read."""
-        with contextlib.suppress(OSError):
-            while part := os.read(self.terminal, 4096):
-                self.shown += part
+        with contextlib.suppress(OSError):  # nobody has the other end any more
+            self.read_until("\0")
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
