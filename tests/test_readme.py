@@ -291,7 +291,7 @@ def test_four_commands_of_root_serve_the_whole_lab_and_an_upgrade_leaves_its_job
 
     # The library serves them as well.
     bash(own, tmp_path)
-    [example] = [text for text in JAPANESE.written_in("python") if "\"my_training\", 4, 32" in text]
+    [example] = [text for text in JAPANESE.written_in("python") if '"my_training", 4, 32' in text]
     (tmp_path / "example.py").write_text(example.replace("32", "8"), "utf-8")
     assert bash("python example.py", tmp_path) == f"{os.uname().nodename} [0, 1, 2, 3]\n"
 
