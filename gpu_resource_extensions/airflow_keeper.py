@@ -20,6 +20,7 @@ _POLL_S = 0.05
 _VARIABLE = "GPU_TASK_KEEPER"  # ties what a task starts to its keeper: others may have the same ``GPU_TASK_ID``
 _KEPT = "GPU_TASK_KEPT"  # of a keeper: the ``GPU_TASK_ID`` of its task
 _ENDED = b"e"  # told to the keeper: the task has ended by itself
+_END_ORDER = signal.SIGURG  # to end the task; a keeper that does not listen yet is not harmed by it
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def end_tasks(task_id: str) -> list[int]:
         if not found or time.monotonic() > deadline_s:
             return found
         for pid in found:
-            _kill(pid, signal.SIGINT if pid in keepers else signal.SIGKILL)
+            _kill(pid, _END_ORDER if pid in keepers else signal.SIGKILL)
         time.sleep(_POLL_S)
 
 
@@ -94,14 +95,20 @@ def _kill(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the order is repeated
+    raise KeyboardInterrupt
+
+
 def _keep(mark: str, task: int, worker: int, group: int) -> None:
     """Wait for the end of the task or of its worker, or for an interrupt; end the task and what it has started."""
     its_own = None
     with suppress(ProcessLookupError, KeyboardInterrupt):  # the first: one of them has ended already
+        signal.signal(_END_ORDER, _interrupt)
         its_own = os.pidfd_open(task)
         workers = [os.pidfd_open(worker)] if worker else []
         select.select([0, its_own, *workers], [], [])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(_END_ORDER, signal.SIG_IGN)
     os.set_blocking(0, False)
     order = b""
     with suppress(BlockingIOError):

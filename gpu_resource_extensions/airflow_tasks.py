@@ -1,4 +1,4 @@
-"""GPUs for the tasks of Airflow 3: :func:`gpu_allocation`, as a decorator and around tasks; :func:`use_gpus` inside.
+"""GPUs for tasks of Airflow 3.3 or later: :func:`gpu_allocation`, also around tasks; :func:`use_gpus` inside them.
 
 A decorated function holds GPUs of the machine that it runs on by a lease, as ``--run`` does: they come back when the
 last process of the task is gone, whatever ended it. What stands around tasks is a reservation, as ``--allocate`` makes
@@ -28,13 +28,9 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 from airflow.sdk import BaseOperator, Connection, Variable, get_current_context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
-
-try:
-    from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
-except ImportError:  # before 3.2
-    from airflow.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from gpu_resource_extensions.airflow_keeper import end_tasks, kept
 from gpu_resource_extensions.hosts import server_of_host

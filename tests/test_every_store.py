@@ -246,7 +246,7 @@ def test_every_command_works_as_on_a_file(place: str, store: Store) -> None:
     assert [server["server_name"] for server in store.read()["servers"]] == ["here", "there"]
 
 
-def test_pool_in_a_file_imports_nothing_for_several_machines(tmp_path: Path) -> None:
+def test_pool_in_a_file_imports_nothing_for_several_machines_or_for_those_who_watch(tmp_path: Path) -> None:
     pool = tmp_path / "resource_status.json"
     script = """
 import sys
@@ -255,7 +255,8 @@ for words in (["--init", "--server", "here:4:8"], ["--allocate", "a", "2", "2"],
               ["--allocate", "b", "2", "2", "--wait", "0"], ["--run", "c", "2", "2", "--", "true"], ["--reclaim"]):
     assert cli_v01.main(words) == 0, words
 print(sorted(name for name in sys.modules if name.split(".")[-1] in
-    ("databases", "postgresql_store", "redis_store", "remote_run", "psycopg", "redis")), file=sys.stderr)
+    ("databases", "postgresql_store", "redis_store", "remote_run", "psycopg", "redis", "metrics", "prometheus_client",
+     "web_monitor", "web_page", "starlette", "uvicorn", "docker_job", "airflow_tasks", "airflow")), file=sys.stderr)
 """
     env = {"GPU_RESOURCE_FILE": str(pool), "GPU_RESOURCE_SERVER": "here", "PYTHONPATH": str(CLI.parent)}
     ran = finish(start("-c", script, env=env))
