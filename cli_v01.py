@@ -358,6 +358,23 @@ def command_of(option: str) -> Callable[..., Answer]:
     return found
 
 
+def opened(args: argparse.Namespace) -> GPUResourceManagerV01:
+    """Return what carries out the commands on the pool; ``--init`` and a description make one where there is none."""
+    from gpu_resource_manager_v01 import GPUResourceManagerV01
+
+    if args.detect:
+        from gpu_resource_extensions.detect_gpus import detected_server
+
+        args.servers = [detected_server()]
+    if args.command not in ("--status", "--detail"):  # who changes the pool loads ``logging`` anyway
+        show_warnings()
+        from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
+    described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
+    create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
+    limit: Any = {"lock_timeout_s": 10} if create is False else {}  # for a look nobody waits a minute
+    return GPUResourceManagerV01(create=create, **limit, **described)
+
+
 # --- The parser -----------------------------------------------------------------------------------
 
 
@@ -670,22 +687,7 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         import gpu_resource_manager_v01 as library
 
         try:
-            if args.detect:
-                from gpu_resource_extensions.detect_gpus import detected_server
-
-                args.servers = [detected_server()]
-            if args.command not in ("--status", "--detail", "--metrics"):  # the others load ``logging`` anyway
-                show_warnings()
-                from filelock import lock_descriptor  # noqa: F401 - needed anyway: known ahead of half an answer
-            if args.command == "--metrics":  # a pool that cannot be opened has some too
-                from gpu_resource_extensions.metrics import write_metrics
-
-                write_metrics(args.metrics)
-                return output.done(done("✓ メトリクスを書きました: {metrics_file}", metrics_file=args.metrics))
-            described = {} if args.command == "--reset" else {"servers": args.servers, "min_gpus": args.min_gpus}
-            create = {"--init": True, "--status": False, "--detail": False}.get(args.command)
-            limit: Any = {"lock_timeout_s": 10} if create is False else {}  # for a look nobody waits a minute
-            manager = library.GPUResourceManagerV01(create=create, **limit, **described)
+            manager = None if args.command == "--metrics" else opened(args)  # a pool that cannot be opened has some too
             return output.done(command_of(args.command)(manager, args))
         except library.MissingPackageError:
             raise

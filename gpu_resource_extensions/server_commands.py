@@ -1,4 +1,4 @@
-"""Commands of the command line that two files can do without: jobs, servers, and the question ahead of a reset.
+"""Commands that two files can do without: jobs, servers, metrics, and the question ahead of a reset.
 
 ``args`` are the words of the command, and what the command line shows people with: ``tell``, ``new_line`` (of a wait).
 """
@@ -99,6 +99,13 @@ def cmd_reclaim(manager: GPUResourceManagerV01, args: Any) -> Answer:
         result,
         lambda facts: say("✓ 終了したタスクの回収完了: {}", ", ".join(facts["ended_tasks"]) or say("なし")),
     )
+
+
+def cmd_metrics(manager: None, args: Any) -> Answer:
+    from gpu_resource_extensions.metrics import write_metrics
+
+    write_metrics(args.metrics)
+    return (0, {"metrics_file": args.metrics}, lambda facts: say("✓ メトリクスを書きました: {metrics_file}", **facts))
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: Any) -> Answer:
