@@ -171,10 +171,10 @@ class GPUAllocation:
                         keeper=functools.partial(kept, task_id, _worker()),
                     )
                 )
-            for key, value in _xcoms(granted).items():
-                if key in ("gpu_devices", "environment", "server_name"):
-                    ti.xcom_push(key=key, value=value)
-            with _environment(job_environment(granted)):
+            xcoms = _xcoms(granted)
+            for key in ("gpu_devices", "environment", "server_name"):
+                ti.xcom_push(key=key, value=xcoms[key])
+            with _environment(xcoms["environment"]):
                 yield
 
 

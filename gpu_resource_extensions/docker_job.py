@@ -21,7 +21,7 @@ from contextlib import suppress
 from subprocess import DEVNULL, PIPE
 from typing import Any
 
-from gpu_resource_extensions.run_job import CommandError, check_command, job_environment
+from gpu_resource_extensions.run_job import check_command, job_environment
 from gpu_resource_manager_v01 import ResourceManagerError, say
 
 TASK_LABEL = "gpu-resource.task"  # of each container, with its task: what is left over is found by it
@@ -252,10 +252,7 @@ def main(words: list[str]) -> int:
     try:
         granted = granted_here(os.environ)
         arguments = docker_arguments(granted)
-        try:
-            check_command("docker", os.environ)
-        except OSError as error:
-            raise CommandError("docker", error) from error
+        check_command("docker", os.environ)
     except ResourceManagerError as error:
         tell(f"✗ {error}")
         return getattr(error, "exit_code", EXIT_DOCKER)

@@ -13,9 +13,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
 from typing import TYPE_CHECKING
 
+from gpu_resource_extensions.screens import unix_time_s
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     MissingPackageError,
@@ -172,7 +172,7 @@ def counted(state: State) -> Counts:
     Added up by name: a document edited by hand may have two servers of one name, and a series must occur once.
     """
     counts: Counts = defaultdict(float)
-    counts["last_change_timestamp_seconds",] = unix_time_s(state["last_updated"])
+    counts["last_change_timestamp_seconds",] = unix_time_s(state["last_updated"]) or 0
     counts["oldest_request_timestamp_seconds",] = 0
     for kind in ("job", "reservation", "waiting"):
         counts["tasks", kind] = 0
@@ -206,12 +206,5 @@ def counted(state: State) -> Counts:
 
 def note_time(counts: Counts, key: tuple[str, ...], text: object) -> None:
     """Let the count be the earliest of the times that it is given."""
-    time_s = unix_time_s(text)
+    time_s = unix_time_s(text) or 0
     counts[key] = min(counts[key] or time_s, time_s or counts[key])
-
-
-def unix_time_s(text: object) -> float:
-    """Return the time that a document tells as local time; 0 if it tells none, for people may have edited it."""
-    with suppress(ValueError, OverflowError):
-        return datetime.fromisoformat(str(text)).timestamp()
-    return 0

@@ -77,15 +77,6 @@ def users_environment(tool: str) -> dict[str, str]:
     return environment
 
 
-def check_command(word: str, environment: Mapping[str, str]) -> None:
-    """:raises OSError: no such command can be started: ``FileNotFoundError`` if there is none of that name."""
-    path = environment.get("PATH")
-    if which(word, path=path) is None:
-        exists = os.path.exists(word) if "/" in word else which(word, os.F_OK, path) is not None
-        code = errno.EACCES if exists else errno.ENOENT
-        raise OSError(code, os.strerror(code))
-
-
 class CommandError(ResourceManagerError):
     """The command cannot be started; nothing was run. Its own ``exit_code`` is the one that a shell would give."""
 
@@ -94,6 +85,15 @@ class CommandError(ResourceManagerError):
     def __init__(self, word: str, error: OSError) -> None:
         self.word, self.reason = word, error.strerror
         self.exit_code = 127 if isinstance(error, FileNotFoundError) else 126
+
+
+def check_command(word: str, environment: Mapping[str, str]) -> None:
+    """:raises CommandError: no such command can be started."""
+    path = environment.get("PATH")
+    if which(word, path=path) is None:
+        exists = os.path.exists(word) if "/" in word else which(word, os.F_OK, path) is not None
+        code = errno.EACCES if exists else errno.ENOENT
+        raise CommandError(word, OSError(code, os.strerror(code)))
 
 
 class KeeperError(ResourceManagerError):
@@ -133,10 +133,7 @@ def run_job(
     :param tell: told of what happens otherwise.
     :raises CommandError: there is no such command; that is found out ahead of the wait.
     """
-    try:
-        check_command(words[0], users_environment(tool))
-    except OSError as error:
-        raise CommandError(words[0], error) from error
+    check_command(words[0], users_environment(tool))
     task_id, gpus, cpus = named_task(asked, words, tell)
 
     def held(keeper: Keeper) -> AbstractContextManager[Allocation]:

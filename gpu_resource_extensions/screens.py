@@ -102,27 +102,45 @@ def ranges(gpus: Sequence[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or "-"
 
 
-def age(since: object) -> str:
-    """Return how long ago a time of the document was."""
+def unix_time_s(text: object) -> float | None:
+    """Return the time that a document tells as local time; ``None`` if it tells none, for people may have edited it."""
     from datetime import datetime  # only where there are tasks
 
     try:
-        passed_s = time.time() - datetime.fromisoformat(str(since)).timestamp()
-    except (ValueError, OverflowError):  # somebody has edited it
+        return datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def age(since: object, now_s: float | None = None, say: Callable[..., str] = say, least: str = "{} 秒") -> str:
+    """Return how long ago a time of the document was.
+
+    :param say: what puts it into the language of who reads it.
+    :param least: template of what was less than a minute ago, in seconds.
+    """
+    time_s = unix_time_s(since)
+    if time_s is None:
         return "?"
+    passed_s = (time.time() if now_s is None else now_s) - time_s
     for unit, unit_s in (("{} 日", 86400), ("{} 時間", 3600), ("{} 分", 60)):
         if passed_s >= unit_s:
             return say(unit, int(passed_s // unit_s))
-    return say("{} 秒", max(0, int(passed_s)))
+    return say(least, max(0, int(passed_s)))
+
+
+def ranges_by_reason(disabled: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return, of each reason for which GPUs of a server are out of service, those indices and the reason."""
+    return [
+        (ranges(sorted(int(gpu) for gpu, why in disabled.items() if why == reason)), reason)
+        for reason in dict.fromkeys(disabled.values())
+    ]
 
 
 def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for the GPUs of a server that are out of service for the same reason."""
     lines = []
     for server in servers:
-        disabled: dict[str, str] = server.get("disabled", {})
-        for reason in dict.fromkeys(disabled.values()):
-            gpus = ranges(sorted(int(gpu) for gpu, why in disabled.items() if why == reason))
+        for gpus, reason in ranges_by_reason(server.get("disabled", {})):
             line = say("  使用停止: {} の GPU {}", server["server_name"], gpus)
             lines.append(line + (f" ({reason})" if reason else ""))
     return lines

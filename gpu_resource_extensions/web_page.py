@@ -14,10 +14,11 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from gpu_resource_extensions.english import ENGLISH
-from gpu_resource_extensions.screens import KINDS, ranges
+from gpu_resource_extensions.screens import KINDS, age, ranges, ranges_by_reason
 from gpu_resource_manager_v01 import printable
 
 LANGUAGES = {"ja": "&#26085;&#26412;&#35486;", "en": "English"}  # as each calls itself
+LEAST_AGE = "1 分未満"  # the page does not change every second
 RELOAD_S = 30  # between two loads of the page where scripts are off
 MANY_GPUS = 128  # beyond which each gets a small cell
 SLOTS, SLOT_S = 144, 600  # of the curve of a day
@@ -70,18 +71,6 @@ def text(fact: object) -> str:
 def isolated(fact: object) -> str:
     """Return what somebody has made up, such that it changes nothing around it."""
     return f"<bdi>{text(fact)}</bdi>"
-
-
-def age(since: object, now_s: float, say: Say) -> str:
-    """Return how long ago a time of the document was, to the minute."""
-    try:
-        passed_s = now_s - datetime.fromisoformat(str(since)).timestamp()
-    except (ValueError, OverflowError):  # somebody has edited it
-        return "?"
-    for unit, unit_s in (("{} 日", 86400), ("{} 時間", 3600), ("{} 分", 60)):
-        if passed_s >= unit_s:
-            return say(unit, int(passed_s // unit_s))
-    return say("1 分未満")
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -250,11 +239,10 @@ def _cell(gpu: int, task: Mapping[str, Any] | None, is_disabled: bool, say: Say)
 
 def _out_of_service(disabled: Mapping[str, str], say: Say) -> list[str]:
     """Return a line for the GPUs of a server that are out of service for the same reason."""
-    lines = []
-    for reason in dict.fromkeys(disabled.values()):
-        gpus = ranges(sorted(int(gpu) for gpu, why in disabled.items() if why == reason))
-        lines.append(say("使用停止: GPU {}", gpus) + (f" ({isolated(reason)})" if reason else ""))
-    return lines
+    return [
+        say("使用停止: GPU {}", gpus) + (f" ({isolated(reason)})" if reason else "")
+        for gpus, reason in ranges_by_reason(disabled)
+    ]
 
 
 def _line(waiting: Sequence[Mapping[str, Any]], now_s: float, say: Say) -> str:
@@ -267,7 +255,7 @@ def _line(waiting: Sequence[Mapping[str, Any]], now_s: float, say: Say) -> str:
             _td("who", isolated(request.get("user") or "-")),
             _td("number", str(request["required_gpus"]), "GPU"),
             _td("number", str(request["required_cpus"]), "CPU"),
-            _td("age", age(request.get("asked_time"), now_s, say)),
+            _td("age", age(request.get("asked_time"), now_s, say, LEAST_AGE)),
         ]
         rows.append(f'<tr role="row">{"".join(row)}</tr>')
     headings = "順番", "タスク", "利用者", "GPU", "CPU", "待ち時間"
@@ -285,7 +273,7 @@ def _tasks(tasks: Sequence[Mapping[str, Any]], now_s: float, say: Say) -> str:
             _td("where", isolated(task["server_name"])),
             _td("number", ranges(task["allocated_gpus"]), "GPU"),
             _td("number", str(task["allocated_cpus"]), "CPU"),
-            _td("age", age(task.get("start_time"), now_s, say)),
+            _td("age", age(task.get("start_time"), now_s, say, LEAST_AGE)),
             _td(f"kind {task['kind']}", say(kind)),
         ]
         rows.append(f'<tr role="row">{"".join(row)}</tr>')

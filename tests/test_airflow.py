@@ -240,6 +240,13 @@ def dag(body: str, **arguments: object) -> str:
     return textwrap.dedent(head) + textwrap.indent(textwrap.dedent(body), "    ") + "\n\nfound = of_test()\n"
 
 
+def outcome(airflow: Airflow, text: str, directory: Path) -> Outcome:
+    """Run a dag, one task of which writes to ``LEFT`` what it leaves behind."""
+    manager = new_pool(directory)
+    run = airflow.run(manager, text, LEFT=str(directory / "left"))
+    return Outcome(run, manager, int((directory / "left").read_text()))
+
+
 DECORATED = dag("""
     @task
     @gpu_allocation(2, 8)
@@ -288,10 +295,7 @@ DECORATED = dag("""
 @pytest.fixture(scope="session")
 def decorated(airflow: Airflow, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What became of the dag above."""
-    directory = tmp_path_factory.mktemp("decorated")
-    manager = new_pool(directory)
-    run = airflow.run(manager, DECORATED, LEFT=str(directory / "left"))
-    return Outcome(run, manager, int((directory / "left").read_text()))
+    return outcome(airflow, DECORATED, tmp_path_factory.mktemp("decorated"))
 
 
 @pytest.mark.services
@@ -396,10 +400,7 @@ BLOCKS = dag("""
 @pytest.fixture(scope="session")
 def blocks(airflow: Airflow, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What became of the dag above."""
-    directory = tmp_path_factory.mktemp("blocks")
-    manager = new_pool(directory)
-    run = airflow.run(manager, BLOCKS, LEFT=str(directory / "left"))
-    return Outcome(run, manager, int((directory / "left").read_text()))
+    return outcome(airflow, BLOCKS, tmp_path_factory.mktemp("blocks"))
 
 
 @pytest.mark.services

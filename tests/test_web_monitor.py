@@ -23,6 +23,7 @@ import pytest
 from conftest import GUARD_S, PROJECT, needed
 from database_servers import free_port, fresh_database, wait_until
 from monitors import COMMAND, HOSTILE, Monitor, disable, end, made_state, skip_without_packages, write
+from prometheus_servers import Prometheus
 from screens import cli
 from test_readme import ENGLISH, JAPANESE, Page
 
@@ -569,30 +570,16 @@ def test_prometheus_that_is_not_there_is_said_below_the_own_curve(pool: Path) ->
 
 
 def test_prometheus_knows_what_was_ahead_of_the_start(pool: Path, tmp_path: Path) -> None:
-    program = shutil.which("prometheus")
-    if not program:
-        pytest.skip("prometheus is not installed")
     write(pool, made_state(1, tasks=["a", "b"]))
-    with Monitor(pool) as scraped:
-        (tmp_path / "prometheus.yml").write_text(
-            "scrape_configs:\n- job_name: gpu-resource\n  scrape_interval: 1s\n"
-            f"  static_configs:\n  - targets: ['127.0.0.1:{scraped.port}']\n"
-        )
-        address = f"127.0.0.1:{free_port()}"
-        words = "--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={address}"
-        with open(tmp_path / "log", "w") as log:
-            server = subprocess.Popen([program, *words], cwd=tmp_path, stdout=log, stderr=log)
-        try:
-            with Monitor(pool, "--prometheus", f"http://{address}", setting="web_monitor.SAMPLE_S = 0.2") as monitor:
-                wait_until(lambda: "<polyline" in monitor.get("/").text, "Prometheus knows a part of the day")
-                scraped.stop()
-                write(pool, made_state(1))
-            # A monitor that has never seen a task, and whose Prometheus has.
-            with Monitor(pool, "--prometheus", f"http://{address}", setting="web_monitor.SAMPLE_S = 0.2") as later:
-                wait_until(lambda: day(later.get("/?lang=en").text).endswith("0% now, 50% mean"), "the past is shown")
-        finally:
-            server.terminate()
-            server.wait(GUARD_S)
+    with Monitor(pool) as scraped, Prometheus(tmp_path, [scraped.port]) as prometheus:
+        options = "--prometheus", f"http://{prometheus.address}"
+        with Monitor(pool, *options, setting="web_monitor.SAMPLE_S = 0.2") as monitor:
+            wait_until(lambda: "<polyline" in monitor.get("/").text, "Prometheus knows a part of the day")
+            scraped.stop()
+            write(pool, made_state(1))
+        # A monitor that has never seen a task, and whose Prometheus has.
+        with Monitor(pool, *options, setting="web_monitor.SAMPLE_S = 0.2") as later:
+            wait_until(lambda: day(later.get("/?lang=en").text).endswith("0% now, 50% mean"), "the past is shown")
 
 
 # --- The recipes of the README --------------------------------------------------------------------
