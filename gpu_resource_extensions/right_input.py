@@ -29,6 +29,7 @@ SHAPES = {
     "gpus": ("disable enable", ""),
     "time": ("", "wait grace watch"),
     "number": ("", "min-gpus"),
+    "file": ("metrics", ""),
     "text": ("", "reason"),
 }
 COMMANDS, OTHERS = (
@@ -241,7 +242,7 @@ def words_for(option: str, values: list[str], groups: Groups, pool: Mapping[str,
     if shape == "time":
         return [time(values)] if values else []
     tasks = [value for value in values if not library.task_id_problem(value)]
-    return {"": [], "task": tasks[:1], "text": [" ".join(values)]}[shape]
+    return {"": [], "task": tasks[:1], "file": values[:1], "text": [" ".join(values)]}[shape]
 
 
 def request(values: list[str], pool: Mapping[str, Any], is_local: bool) -> list[str]:

@@ -73,6 +73,8 @@ EXAMPLES = {
     "--stop a b": "--stop a",
     "status": "--status",
     "release a": "--release a",
+    "--metrcs x.prom": "--metrics x.prom",
+    "--metrics a.prom b.prom": "--metrics a.prom",
     "run t 2 8 -- python train.py": "--run t 2 8 -- python train.py",
     "-status": "--status",
     "—status": "--status",
