@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, needed
 from screens import Result, cli, finish, start
 
 from gpu_resource_manager_v01 import GPUResourceManagerV01
@@ -73,8 +73,6 @@ EXAMPLES = {
     "--stop a b": "--stop a",
     "status": "--status",
     "release a": "--release a",
-    "--metrcs x.prom": "--metrics x.prom",
-    "--metrics a.prom b.prom": "--metrics a.prom",
     "run t 2 8 -- python train.py": "--run t 2 8 -- python train.py",
     "-status": "--status",
     "—status": "--status",
@@ -118,6 +116,12 @@ EXAMPLES = {
     "--disable gpu-server-1:0-3": "--disable gpu-server-1:0,1,2,3",
     "--disable GPU-SERVER-1 --reason fan is broken": "--disable gpu-server-1 --reason 'fan is broken'",
     "--enable gpu-server-1:GPU0,GPU1": "--enable gpu-server-1:0,1",
+}
+
+#: the same, of what needs the package prometheus-client
+METRICS = {
+    "--metrcs x.prom": "--metrics x.prom",
+    "--metrics a.prom b.prom": "--metrics a.prom",
 }
 
 #: of these no example is given
@@ -184,6 +188,13 @@ def test_example_is_shown_and_works(typed: str, right: str, directory: Path) -> 
     if not right.startswith("--stop"):  # which is for jobs that live
         done = cli(*shlex.split(right), cwd=directory)
         assert done.code == 0, done.err
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(("typed", "right"), METRICS.items())
+def test_example_of_metrics_is_shown_and_works(typed: str, right: str, directory: Path) -> None:
+    needed("prometheus_client")
+    test_example_is_shown_and_works(typed, right, directory)
 
 
 @pytest.mark.parametrize("typed", WITHOUT)
