@@ -46,10 +46,6 @@ VERSION = "0.1"
 SCHEMA = 1  # of the documents that ``--json`` prints
 
 
-class Stopped(KeyboardInterrupt):
-    """We are to end because of a signal; ends like a Ctrl-C, with another exit code."""
-
-
 class Refusal(Exception):  # noqa: N818 - a "no" is an answer too
     """A command is not carried out: exit code, name for programs, text for people, further facts."""
 
@@ -98,7 +94,7 @@ def render_status(summary: Mapping[str, Any]) -> str:
     table = tabulate([list(map(say, headers)), *rows], tablefmt=style, colalign=align, disable_numparse=True)
     top, heading, *rest = table.split("\n")
     table = "\n".join([top, heading, top.translate(str.maketrans("┌┬┐", "├┼┤")), *rest])
-    lines, beyond, path = render_totals(summary), screens(), summary["resource_file"]
+    lines, beyond, path = render_totals(summary), beside("screens"), summary["resource_file"]
     if beyond:
         lines = [beyond.cut(line, beyond.screen()[0]) for line in lines]
         lines += beyond.render_below(summary)
@@ -107,13 +103,14 @@ def render_status(summary: Mapping[str, Any]) -> str:
     return "\n".join([*head, *lines, "", *render_pool(path, summary["last_updated"], summary["made_up"])])
 
 
-def screens() -> Any:
-    """Return what renders the rest, or ``None``: two files are enough for what the specification shows."""
+def beside(name: str) -> Any:
+    """Return a module that two files can do without for what the specification shows, or ``None`` without it."""
+    import importlib
+
     try:
-        from gpu_resource_extensions import screens
+        return importlib.import_module(f"gpu_resource_extensions.{name}")
     except ImportError:
         return None
-    return screens
 
 
 def render_pool(path: str, is_there: object, is_made_up: bool) -> list[str]:
@@ -154,7 +151,7 @@ def render_detail(state: Mapping[str, Any]) -> str:
             say("  利用可能GPU: {} ({}/{})", gpus, len(gpus), server["total_gpus"]),
             say("  利用可能CPU: {}/{}", usable_cpus(server), server["total_cpus"]),
         ]
-        if "disabled" in server and (beyond := screens()):
+        if "disabled" in server and (beyond := beside("screens")):
             lines += beyond.render_disabled([server])
         lines.append(say("  実行中タスク: {}", len(server["running_tasks"])))
         for task in server["running_tasks"]:
@@ -194,59 +191,20 @@ def render_allocation(allocation: Mapping[str, Any]) -> str:
     )
 
 
-class WaitingLine:
-    """One line on stderr about the place in the queue: rewritten on a terminal, else printed anew."""
-
-    stands = False  # on the terminal, so that whatever comes next has to take its place
-
-    def __init__(self, once: bool = False) -> None:
-        self.once, self.shown = once, False
-        self.terminal = sys.stderr is not None and sys.stderr.isatty()
-
-    def __call__(self, position: int, reason: str) -> None:
-        text = say("待機中 ({} 番目): {}", position, reason.splitlines()[0])
-        if self.terminal:
-            from gpu_resource_extensions.screens import cut, screen
-
-            WaitingLine.stands = True  # ahead of the text, for a Ctrl-C may come at once
-            # Two columns are left, for the "^C" that the terminal shows must not begin another line.
-            print(f"\r\x1b[K{cut(safe(text), screen(2)[0] - 3)}", end="", file=sys.stderr, flush=True)
-        elif not (self.once and self.shown):
-            show_error(text)
-        self.shown = True
-
-    def end(self, text: str = "") -> None:
-        """Put ``text`` in the place of the line."""
-        if text and (self.terminal or not self.shown):
-            show_error(text)
-        elif WaitingLine.stands:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            WaitingLine.stands = False
-
-
 # --- Commands -------------------------------------------------------------------------------------
 
 
 def cmd_init(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n", manager.resource_file)
-    result = status_facts(manager)  # construction has made it
-    # Of the lines about the pool, whether it is a real one: where it is stands at the head.
-    return (
-        EXIT_OK,
-        result,
-        lambda facts: "\n".join([head, *render_totals(facts), *render_pool("", True, facts["made_up"])[1:]]),
-    )
+    def render(facts: Mapping[str, Any]) -> str:
+        head = say("✓ 初期化完了 (既存の状態は上書きしません): {}\n", facts["resource_file"])
+        # Of the lines about the pool, whether it is a real one: where it is stands at the head.
+        return "\n".join([head, *render_totals(facts), *render_pool("", True, facts["made_up"])[1:]])
+
+    return (EXIT_OK, status_facts(manager), render)  # construction has made it
 
 
 def status_facts(manager: GPUResourceManagerV01) -> dict[str, Any]:
     return {"resource_file": manager.resource_file, **manager.get_overview()}
-
-
-def detail_facts(manager: GPUResourceManagerV01) -> dict[str, Any]:
-    from gpu_resource_manager_v01 import is_made_up
-
-    state = manager.get_detailed_status()
-    return {**state, "resource_file": manager.resource_file, "made_up": is_made_up(state)}
 
 
 def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -258,7 +216,11 @@ def cmd_status(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answ
 
 
 def cmd_detail(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    return (EXIT_OK, detail_facts(manager), render_detail)
+    from gpu_resource_manager_v01 import is_made_up
+
+    state = manager.get_detailed_status()
+    facts = {**state, "resource_file": manager.resource_file, "made_up": is_made_up(state)}
+    return (EXIT_OK, facts, render_detail)
 
 
 def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
@@ -269,17 +231,14 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
         from gpu_resource_extensions.run_job import new_task_id
 
         task_id = new_task_id(["reservation"])
-    # Shown before the wait for the lock, not after it.
     text = "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n"
-    args.output.progress(say(text, task_id, gpus, cpus))
-    prefer, line = None, WaitingLine()
+    args.output.progress(say(text, task_id, gpus, cpus))  # ahead of the wait for the lock
+    prefer, beyond = None, None if args.wait is None else beside("screens")
+    line = beyond.WaitingLine(show_error) if beyond else None
     if args.prefer_server is not None:
-        try:
-            from gpu_resource_extensions.servers import server_id_of
-
-            prefer = server_id_of(args.prefer_server, manager.get_resource_summary()["servers"])
-        except ImportError:  # two files are enough for ids
-            prefer = integer(args.prefer_server)
+        servers = beside("servers")  # two files are enough for ids
+        known = servers and manager.get_resource_summary()["servers"]
+        prefer = servers.server_id_of(args.prefer_server, known) if servers else integer(args.prefer_server)
     try:
         allocation = manager.obtain_resources(
             task_id, gpus, cpus, prefer, wait_s=args.wait or 0, on_wait=line, local=args.export
@@ -288,7 +247,8 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
         code = EXIT_NO if args.wait is None else EXIT_AGAIN
         raise Refusal(code, "no_capacity", say("リソース不足: {}", error), when_to_retry(args), vars(error)) from error
     finally:
-        line.end()
+        if line:
+            line.end()
     # The order is that of NVML, by which the pool counts; CUDA's own puts the fastest card first.
     return (EXIT_OK, {**allocation, "cuda_device_order": "PCI_BUS_ID"}, render_allocation)
 
@@ -298,22 +258,12 @@ def when_to_retry(args: argparse.Namespace) -> str:
     return say(text if args.wait is None else "空きが出てから再実行してください")
 
 
-def done(template: str, **result: Any) -> Answer:
-    return (EXIT_OK, result, lambda facts: say(template, **facts))
-
-
 def cmd_release(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
     args.output.progress(say("リソース解放を試行中: {}", args.release))
     if not manager.release_resources(args.release, force=args.force):
         raise unknown_task(args.release)
-    return done("✓ リソース解放完了: {task_id}\n✓ リソース解放成功！", task_id=args.release)
-
-
-def cmd_stop(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answer:
-    args.output.progress(say("タスクのプロセスを終了中: {}", args.stop))
-    if not manager.stop_task(args.stop, 10.0 if args.grace is None else args.grace, force=args.force):
-        raise unknown_task(args.stop)
-    return done("✓ プロセスは終了し、GPU は空きました: {task_id}", task_id=args.stop)
+    text = "✓ リソース解放完了: {task_id}\n✓ リソース解放成功！"
+    return (EXIT_OK, {"task_id": args.release}, lambda facts: say(text, **facts))
 
 
 def unknown_task(task_id: str) -> Refusal:
@@ -343,7 +293,7 @@ def cmd_reset(manager: GPUResourceManagerV01, args: argparse.Namespace) -> Answe
     # Without a word to the contrary, another description is refused while there are tasks.
     force = True if args.force else None if args.yes or (args.servers is None and args.min_gpus is None) else False
     manager.reset_resources(args.servers, args.min_gpus, force=force)
-    return done("✓ システムリセット完了", resource_file=manager.resource_file)
+    return (EXIT_OK, {"resource_file": manager.resource_file}, lambda _: say("✓ システムリセット完了"))
 
 
 def command_of(option: str) -> Callable[..., Answer]:
@@ -481,12 +431,11 @@ GPU リソースマネージャー: 数台の GPU サーバーを数人で共有
 
 
 def build_parser() -> argparse.ArgumentParser:
-    import argparse  # half of a start, and the help has no use for it
+    import argparse
 
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, width=80)  # without a width, it imports ``shutil`` to find one
-
-    parser = argparse.ArgumentParser(prog="cli_v01.py", allow_abbrev=False, add_help=False, formatter_class=formatter)
+    parser = argparse.ArgumentParser(prog="cli_v01.py", allow_abbrev=False, add_help=False)
+    # Without a width, it imports ``shutil`` to find one.
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=80)
     parser.error = wrong_usage  # type: ignore[method-assign]
     commands = parser.add_mutually_exclusive_group()
     for option in ("--init", "--status", "--detail", "--reset", "--reclaim"):
@@ -495,7 +444,6 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_argument(option, nargs={"--allocate": 3, "--run": 3, "--take": 2}.get(option), action="append")
     commands.add_argument("--version", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--json", action="store_true")
     for option, (_, settings) in OPTIONS.items():
         parser.add_argument(option, **(settings or {"action": "store_true"}))
     return parser
@@ -519,7 +467,7 @@ WITH_VALUE: dict[str, Callable[[Any], Any]] = {
     "--metrics": str,
 }
 
-#: with which commands an option can be used, and what ``argparse`` is told about it
+#: with which commands an option can be used, all if none is named, and what ``argparse`` is told about it
 OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "--prefer-server": (["--allocate"], {"metavar": "ID"}),
     "--wait": (["--allocate", "--run"], {"nargs": "?", "type": seconds, "const": float("inf"), "metavar": "SECONDS"}),
@@ -534,6 +482,7 @@ OPTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "--reason": (["--disable"], {"metavar": "TEXT"}),
     "--watch": (["--status"], {"nargs": "?", "type": seconds, "const": 2.0, "metavar": "SECONDS"}),
     "--yes": (["--reset"], {}),
+    "--json": ([], {}),
 }
 
 
@@ -561,21 +510,16 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str], job: list[str] 
                 wrong_usage(f"argument {option}: {error}")
     if (args.command == "--run") != bool(job):
         wrong_usage(say("コマンドは --run TASK_ID GPUS CPUS -- COMMAND … の形で指定してください"))
-    given = {option for option, (_, settings) in OPTIONS.items() if is_given(args, settings.get("dest", option))}
-    given |= {"--json"} if args.json else set()
-    for option in given - {"--json"}:
+    found = {option: getattr(args, name_of(settings.get("dest", option))) for option, (_, settings) in OPTIONS.items()}
+    given = {option for option, value in found.items() if value is not None and value is not False}  # 0 is one
+    for option in given:
         commands = OPTIONS[option][0]
-        if args.command not in commands:
+        if commands and args.command not in commands:
             wrong_usage(say("{} は {} と一緒に指定してください", option, say("・").join(commands)))
     for one, other in (("--json", "--export"), ("--detect", "--server"), ("--json", "--watch"), ("--any", "--on")):
         if {one, other} <= given:
             wrong_usage(say("{} と {} は一緒に指定できません", one, other))
     return args
-
-
-def is_given(args: argparse.Namespace, option: str) -> bool:
-    value = getattr(args, name_of(option))
-    return value is not None and value is not False
 
 
 # --- Output and main ------------------------------------------------------------------------------
@@ -652,10 +596,10 @@ def show(text: str) -> None:
 
 def show_error(text: str) -> None:
     """Write a text to stderr at once, in the place of the line of a wait."""
+    beyond = sys.modules.get("gpu_resource_extensions.screens")  # without it there is no such line
     if sys.stderr is not None:  # print(file=None) would write to stdout
         try:
-            print(("\r\x1b[K" if WaitingLine.stands else "") + safe(text), file=sys.stderr, flush=True)
-            WaitingLine.stands = False
+            print((beyond.WaitingLine.cleared() if beyond else "") + safe(text), file=sys.stderr, flush=True)
         except OSError:  # nowhere is left to say so
             discard(sys.stderr)
 
@@ -670,19 +614,17 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
     if os.environ.get("GPU_RESOURCE_LANG") not in (None, "", "ja", "en"):
         language, remedy = os.environ["GPU_RESOURCE_LANG"], "ja か en を指定するか、指定をやめてください"
         raise Refusal(EXIT_USAGE, "usage", say("GPU_RESOURCE_LANG の言語はありません: {!r}", language), say(remedy))
-    help_alone = not ({*words} - {"-h", "--help", "--json"} or job)
-    if not help_alone:
-        args = parse(build_parser(), words, job)
-        args.output, args.new_line, args.tell, args.our_directory = output, WaitingLine, show_error, our_directory
-        if args.export and args.allocate and not can_show(args.allocate[0]):
-            problem = say("タスクIDを正確に出力できません: {!r}", args.allocate[0])
-            remedy = say("この端末の文字コードで表せるタスクIDを指定してください")
-            raise Refusal(EXIT_USAGE, "usage", problem, remedy)
-    if help_alone or args.help or (args.command is None and not args.version):
+    args = parse(build_parser(), words, job)
+    args.output, args.tell, args.unknown_task, args.our_directory = output, show_error, unknown_task, our_directory
+    if args.export and args.allocate and not can_show(args.allocate[0]):
+        problem = say("タスクIDを正確に出力できません: {!r}", args.allocate[0])
+        remedy = say("この端末の文字コードで表せるタスクIDを指定してください")
+        raise Refusal(EXIT_USAGE, "usage", problem, remedy)
+    if args.help or (args.command is None and not args.version):
         text = say(HELP, COMMAND)
         return output.done((EXIT_OK, {"help": text}, lambda _: text.rstrip()))
     if args.version:
-        return output.done(done("GPU リソースマネージャー v{version}", version=VERSION))
+        return output.done((EXIT_OK, {"version": VERSION}, lambda _: say("GPU リソースマネージャー v{}", VERSION)))
     try:
         import gpu_resource_manager_v01 as library
 
@@ -708,23 +650,13 @@ def carry_out(words: Sequence[str], job: list[str] | None, output: Output) -> tu
         raise Refusal(EXIT_USAGE, "missing_package", problem, say(remedy, our_directory())) from error
 
 
-#: exit code and name for programs of each error
+#: exit code and name for programs of each error of the library; those of the extensions bear theirs
 CODES = {
     "DuplicateTaskError": (EXIT_USAGE, "duplicate_task"),
     "InvalidRequestError": (EXIT_USAGE, "invalid_request"),
-    "CommandError": (EXIT_OURS, "command_not_started"),
-    "NotConfirmedError": (EXIT_NO, "not_confirmed"),
-    "NoTerminalError": (EXIT_USAGE, "usage"),
-    "KeeperError": (EXIT_OURS, "not_started"),
-    "UnreachableError": (EXIT_OURS, "unreachable"),
-    "DirectoryError": (EXIT_OURS, "no_directory"),
-    "ClaimGoneError": (EXIT_OURS, "claim_gone"),
-    "DetectionError": (EXIT_USAGE, "detection_failed"),
     "NotOwnerError": (EXIT_NO, "not_owner"),
     "TaskRunningError": (EXIT_NO, "task_running"),
-    "NotStoppableError": (EXIT_NO, "not_stoppable"),
     "PoolConflictError": (EXIT_NO, "pool_conflict"),
-    "ServerNeededError": (EXIT_NO, "server_needed"),
     "NoPoolError": (EXIT_IO, "no_pool"),
     "NoCapacityError": (EXIT_AGAIN, "no_capacity"),
     "LockTimeoutError": (EXIT_AGAIN, "lock_timeout"),
@@ -733,18 +665,15 @@ CODES = {
 
 
 def code_of(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the name for programs of an error of the library."""
+    """Return the exit code and the name for programs of an error."""
     code, name = next(CODES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CODES)
-    return getattr(error, "exit_code", code), name  # of a command, as a shell has it
+    return getattr(error, "exit_code", code), getattr(error, "code", name)
 
 
 def right_line(words: Sequence[str], job: list[str] | None) -> dict[str, str]:
     """Return as ``example`` a command near to one of wrong usage that would have worked, if there is any."""
-    try:
-        from gpu_resource_extensions.right_input import right_line
-    except ImportError:
-        return {}
-    line = right_line(words, job, lambda *found: parse(build_parser(), *found), Refusal)
+    found = beside("right_input")
+    line = found and found.right_line(words, job, lambda *tried: parse(build_parser(), *tried), Refusal)
     return {"example": f"{COMMAND} {line}"} if line else {}
 
 
@@ -758,9 +687,8 @@ def answer(words: Sequence[str], job: list[str] | None) -> tuple[int, str]:
         if refusal.name in ("usage", "invalid_request", "duplicate_task"):
             refused.facts = {**refusal.facts, **right_line(words, job)}
     except KeyboardInterrupt as stop:
-        code = int(stop.args[0]) if isinstance(stop, Stopped) else EXIT_INTERRUPTED
-        remedy = say("--detail で現在の状態を確認できます")
-        refused = Refusal(code, "interrupted", say("中断しました"), remedy)
+        code = stop.args[0] if stop.args else EXIT_INTERRUPTED  # of a signal
+        refused = Refusal(code, "interrupted", say("中断しました"), say("--detail で現在の状態を確認できます"))
     is_ours = ("--run" in words or "--take" in words) and refused.code in (EXIT_NO, EXIT_USAGE, EXIT_IO)
     return output.refused(refused, EXIT_OURS if is_ours else refused.code)
 
@@ -795,7 +723,7 @@ def end_waits_on_signals() -> None:
     import signal
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise Stopped(128 + number)
+        raise KeyboardInterrupt(128 + number)
 
     for terminating in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(terminating) is signal.SIG_DFL:  # else somebody, such as nohup, ignores it for us
@@ -817,10 +745,8 @@ def run() -> NoReturn:
     """Be the command: of a script, and of the console script of an installation."""
     global COMMAND, IS_COMMAND
     gc.set_threshold(100_000)  # a start leaves no garbage, and looking for some is a twentieth of it
-    name = os.path.basename(sys.argv[0])
-    COMMAND = COMMAND if name.endswith(".py") else name
-    if {*sys.argv[1:]} - {"-h", "--help", "--json"}:
-        end_waits_on_signals()
+    COMMAND = COMMAND if sys.argv[0].endswith(".py") else os.path.basename(sys.argv[0])
+    end_waits_on_signals()
     IS_COMMAND = True
     # Without our modules in their compiled form a start takes a quarter longer. Containers that set this mean
     # the packages that they have compiled already, and ``python -B`` means it.

@@ -11,6 +11,7 @@ from gpu_resource_manager_v01 import ResourceManagerError, ServerDescription, ho
 class DetectionError(ResourceManagerError):
     """Asking: the number of GPUs cannot be known here, or it is 0."""
 
+    exit_code, code = 2, "detection_failed"
     template = "{problem}\n  対処: {remedy}--init --server NAME:GPUS:CPUS で台数を指定してください"
 
     def __init__(self, problem: str, remedy: str) -> None:

@@ -66,6 +66,7 @@ SIGN_S, LAPSE_S = 15, 60  # between two signs of life, and without one before wh
 class NotStoppableError(ResourceManagerError):
     """The processes of the task cannot be ended from here; its GPUs are still held."""
 
+    exit_code, code = 1, "not_stoppable"
     template = "タスク {task_id!r} を終了できません。{reason}\n  対処: {remedy}"
 
     def __init__(self, task_id: str, reason: str, remedy: str, **facts: object) -> None:

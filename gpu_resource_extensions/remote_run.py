@@ -67,6 +67,7 @@ _TOO_LONG = (
 class UnreachableError(ResourceManagerError):
     """None of the servers that would do could be reached, or could start a job; nothing was run."""
 
+    exit_code, code = 125, "unreachable"
     template = (
         "どのサーバーでも始められませんでした: {names}\n"
         "  対処: ssh {first} gpu-resource --status が同じプールを表示することを確認してください"
@@ -80,6 +81,7 @@ class UnreachableError(ResourceManagerError):
 class DirectoryError(ResourceManagerError):
     """The directory of the command is not on the server where there is room; nothing was run."""
 
+    exit_code, code = 125, "no_directory"
     template = (
         "{server} で作業ディレクトリに入れません: {directory}: {reason}\n"
         "  対処: 全サーバーで共有しているディレクトリで実行してください"

@@ -80,6 +80,7 @@ def users_environment(tool: str) -> dict[str, str]:
 class CommandError(ResourceManagerError):
     """The command cannot be started; nothing was run. Its own ``exit_code`` is the one that a shell would give."""
 
+    code = "command_not_started"
     template = "コマンドを実行できません: {word}: {reason}\n  対処: コマンドの綴り、PATH、実行権限を確認してください"
 
     def __init__(self, word: str, error: OSError) -> None:
@@ -99,6 +100,7 @@ def check_command(word: str, environment: Mapping[str, str]) -> None:
 class KeeperError(ResourceManagerError):
     """The keeper of a command cannot be started; nothing was run."""
 
+    exit_code, code = 125, "not_started"
     template = "コマンドを始められません: {reason}\n  対処: ulimit -n と ulimit -u を確認してから再実行してください"
 
     def __init__(self, error: OSError) -> None:

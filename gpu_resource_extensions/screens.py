@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from gpu_resource_manager_v01 import ResourceManagerError, printable, say
 
@@ -146,9 +146,49 @@ def render_disabled(servers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _put(text: str, stream: TextIO) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+class WaitingLine:
+    """One line on stderr about the place in the queue: rewritten on a terminal, else printed anew."""
+
+    stands = False  # on the terminal, so that whatever comes next has to take its place
+
+    def __init__(self, tell: Callable[[str], None], once: bool = False) -> None:
+        """:param tell: shows any other text on stderr, in the place of this line."""
+        self.tell, self.once, self.shown = tell, once, False
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+
+    def __call__(self, position: int, reason: str) -> None:
+        text = say("待機中 ({} 番目): {}", position, reason.splitlines()[0])
+        if self.terminal:
+            WaitingLine.stands = True  # ahead of the text, for a Ctrl-C may come at once
+            # Two columns are left, for the "^C" that the terminal shows must not begin another line.
+            _put(f"\r\x1b[K{cut(printable(text), screen(2)[0] - 3)}", sys.stderr)
+        elif not (self.once and self.shown):
+            self.tell(text)
+        self.shown = True
+
+    def end(self, text: str = "") -> None:
+        """Put ``text`` in the place of the line."""
+        if text and (self.terminal or not self.shown):
+            self.tell(text)
+        elif WaitingLine.stands:
+            _put(self.cleared(), sys.stderr)
+
+    @classmethod
+    def cleared(cls) -> str:
+        """Return what takes the line off the terminal; nothing if there is none."""
+        stood, cls.stands = cls.stands, False
+        return "\r\x1b[K" if stood else ""
+
+
 class NoTerminalError(ResourceManagerError):
     """Asking: there is no terminal to show something on again and again."""
 
+    exit_code, code = 2, "usage"
     template = "--watch を表示する端末がありません\n  対処: 端末で実行するか、--watch を外してください"
 
 
@@ -160,22 +200,18 @@ def watch(frame: Callable[[], str], every_s: float) -> None:
     if sys.stdout is None or not sys.stdout.isatty():
         raise NoTerminalError
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     try:
         # The other screen of the terminal, without wrapping, so that a line of ours is a line there.
-        write("\x1b[?1049h\x1b[?7l")
+        _put("\x1b[?1049h\x1b[?7l", sys.stdout)
         while True:
             lines, room = frame().split("\n"), screen()[1]
             if len(lines) > room:
                 lines[room - 1 :] = [say("… 他 {} 行", len(lines) - room + 1)]
             # Each line replaces the one in its place, and nothing is cleared ahead: so nothing flickers.
-            write("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J")
+            _put("\x1b[H" + "\x1b[K\n".join(lines) + "\x1b[K\x1b[J", sys.stdout)
             time.sleep(min(max(0.1, every_s), 1e6))
     except KeyboardInterrupt as stop:
         if stop.args:  # no Ctrl-C, but a signal with an exit code of its own
             raise
     finally:
-        write("\x1b[?7h\x1b[?1049l")
+        _put("\x1b[?7h\x1b[?1049l", sys.stdout)

@@ -1,6 +1,7 @@
 """Commands that two files can do without: jobs, servers, metrics, and the question ahead of a reset.
 
-``args`` are the words of the command, and what the command line shows people with: ``tell``, ``new_line`` (of a wait).
+``args`` are the words of the command, and what the command line has for all: ``tell`` shows people a text,
+``unknown_task`` makes a refusal, ``our_directory`` says where it lies.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Answer = tuple[int, Mapping[str, Any], Callable[[Any], str]]  # as in the comman
 class NotConfirmedError(ResourceManagerError):
     """Asking: nobody has said yes; nothing was touched."""
 
+    code = "not_confirmed"
     template = "{problem}\n  対処: {remedy}"
 
     def __init__(self, exit_code: int, problem: str, remedy: str) -> None:
@@ -51,6 +53,14 @@ def ask_before_reset(manager: GPUResourceManagerV01, force: bool, tell: Callable
     tell(say("続行しますか？ [y/N]:"))
     if sys.stdin.readline().strip().lower() not in ("y", "yes", "はい"):
         raise NotConfirmedError(1, "リセットを中止しました", "消してよければ y と答えてください")
+
+
+def cmd_stop(manager: GPUResourceManagerV01, args: Any) -> Answer:
+    args.output.progress(say("タスクのプロセスを終了中: {}", args.stop))
+    if not manager.stop_task(args.stop, 10.0 if args.grace is None else args.grace, force=args.force):
+        raise args.unknown_task(args.stop)
+    text = "✓ プロセスは終了し、GPU は空きました: {task_id}"
+    return (0, {"task_id": args.stop}, lambda facts: say(text, **facts))
 
 
 def cmd_add_server(manager: GPUResourceManagerV01, args: Any) -> Answer:
@@ -109,7 +119,9 @@ def cmd_metrics(manager: None, args: Any) -> Answer:
 
 
 def cmd_run(manager: GPUResourceManagerV01, args: Any) -> Answer:
-    line, command = args.new_line(once=True), " ".join(map(quoted, args.job))
+    from gpu_resource_extensions.screens import WaitingLine
+
+    line, command = WaitingLine(args.tell, once=True), " ".join(map(quoted, args.job))
     how = manager, args.run, args.job, args.our_directory(), command, args.wait or 0, line, args.tell
     if args.any or args.on is not None:
         from gpu_resource_extensions.remote_run import run_anywhere

@@ -44,6 +44,7 @@ _LAST = "最後のサーバーです", "別のサーバーを --add-server で�
 class ServerNeededError(ResourceManagerError):
     """The server cannot be removed: of the ``task_ids`` each runs or waits there; without any, it is the last one."""
 
+    exit_code, code = 1, "server_needed"
     template = "サーバー {name} を外せません。{reason}\n  対処: {remedy}"
 
     def __init__(self, name: str, task_ids: Sequence[str]) -> None:

@@ -52,6 +52,7 @@ from gpu_resource_manager_v01 import (
 class ClaimGoneError(ResourceManagerError):
     """The claim was taken over already, has lapsed, or is of another server or pool; nothing was started."""
 
+    exit_code, code = 125, "claim_gone"
     template = (
         "タスク {task_id!r} の割り当てを引き継げません: {server} の {path} に、この割り当てはもうありません\n"
         "  対処: 両方の計算機の /etc/gpu-resource-file が同じプールを指すことを確かめ、もう一度実行してください"
