@@ -233,7 +233,7 @@ def cmd_allocate(manager: GPUResourceManagerV01, args: argparse.Namespace) -> An
         task_id = new_task_id(["reservation"])
     text = "リソース割り当てを試行中:\n  タスクID: {}\n  GPU数: {}\n  CPU数: {}\n"
     args.output.progress(say(text, task_id, gpus, cpus))  # ahead of the wait for the lock
-    prefer, beyond = None, None if args.wait is None else beside("screens")
+    prefer, beyond = None, beside("screens") if args.wait is not None else None
     line = beyond.WaitingLine(show_error) if beyond else None
     if args.prefer_server is not None:
         servers = beside("servers")  # two files are enough for ids

@@ -833,7 +833,10 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
             asked = {*Request.__annotations__, *Task.__annotations__} - {*Requester.__annotations__}
             requester = {key: value for key, value in request.items() if key not in asked}
             place(server, request["task_id"], gpus, cpus, state["last_updated"], requester)
-            note_machine(state, server, request)
+            if request.get("local"):
+                from gpu_resource_extensions.hosts import note_machine
+
+                note_machine(state, server, request)
             placed.append(request["task_id"])
             for earlier in left:
                 earlier["passed_over"] += could_hold(server, earlier)
@@ -844,17 +847,6 @@ def admit(state: State, max_passed_over: int = MAX_PASSED_OVER) -> list[str]:
     set_waiting(state, left)
     # What was placed may have made another request due, to which a reservation has passed: so look again.
     return placed + admit(state, max_passed_over) if placed and left else placed
-
-
-def note_machine(state: State, server: Server, record: Requester) -> None:
-    """Let ``server`` bear what tells the machine that it is, if ``record`` is of that very machine."""
-    if record.get("local") and "boot" in record:
-        for other in state["servers"]:
-            if other.get("boot") == record["boot"]:
-                del other["boot"]
-        server["boot"] = record["boot"]
-        if "machine" in record:
-            server["machine"] = record["machine"]
 
 
 def reserved_servers(state: State, waiting: Sequence[Request], max_passed_over: int = MAX_PASSED_OVER) -> set[int]:
@@ -959,41 +951,16 @@ def ask(state: State, request: Request) -> Allocation | Shortfall:
         raise DuplicateTaskError(request["task_id"])
     set_waiting(state, [*state.get("waiting", ()), {**request, "asked_time": state["last_updated"]}])
     admit(state)
-    return outcome(state, request)
-
-
-def outcome(state: State, request: Request) -> Allocation | Shortfall:
-    """Return what ``request``, which has arrived, is granted by now, or what it lacks.
-
-    :raises WaitCancelledError: it is neither placed nor in line any more.
-    """
-    mine = [record for record in records(state) if record["task_id"] == request["task_id"]]
-    if not mine or mine[0].get("lease") != request.get("lease"):
-        raise WaitCancelledError(request["task_id"], shortfall(state, request))
     found = find_task(state, request["task_id"])
     return allocation_of(*found) if found else shortfall(state, request)
 
 
-def conclude(state: State, request: Request) -> Allocation | Shortfall:
-    """Do as :func:`outcome`, but let a request that is not placed leave the line."""
-    answer = outcome(state, request)
+def ask_once(state: State, request: Request) -> Allocation | Shortfall:
+    """Do as :func:`ask`, but let a request that is not placed leave the line."""
+    answer = ask(state, request)
     if isinstance(answer, Shortfall):
         end_task(state, request["task_id"])
     return answer
-
-
-def ask_once(state: State, request: Request) -> Allocation | Shortfall:
-    """Do as :func:`ask`, but let a request that is not placed leave the line."""
-    ask(state, request)
-    return conclude(state, request)
-
-
-def unbind(state: State, request: Request) -> None:
-    """Let the task that ``request`` has become live until it is released, whatever becomes of its lease."""
-    for _, task in placed_tasks(state):
-        if task.get("lease") == request["lease"]:
-            task.pop("seen", None)
-            del task["lease"]
 
 
 def shortfall(state: State, request: Request) -> Shortfall:
@@ -1104,7 +1071,7 @@ def is_made_up(state: State) -> bool:
     return found == _MADE_UP or bool(found and "min_gpus_per_task" not in state)  # which every description sets
 
 
-# --- This machine: files, locks, processes --------------------------------------------------------
+# --- This machine: files, locks, who asks ---------------------------------------------------------
 
 
 @contextmanager
@@ -1219,22 +1186,6 @@ def _unlock_and_close(descriptor: int) -> None:
 def host_name() -> str:
     """Return the name of this machine as the kernel knows it."""
     return os.uname().nodename
-
-
-@cache
-def boot_id() -> str:
-    """Return what names this kernel from its start to its end, in every container alike."""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
-    return host_name()
-
-
-@cache
-def machine_id() -> str:
-    """Return what names this machine through all its starts, machine-id(5); empty if nothing does."""
-    with suppress(OSError, UnicodeDecodeError), open("/etc/machine-id", encoding="ascii") as file:
-        return file.read().strip().removeprefix("uninitialized")
-    return ""
 
 
 def this_requester(command: str | None = None) -> Requester:
@@ -1908,13 +1859,10 @@ class GPUResourceManagerV01:
             return request  # not worth another look at the pool
         state = self._store.read()
         if local:
-            from gpu_resource_extensions.hosts import server_of_host
+            from gpu_resource_extensions.leases import bind_to_machine, server_here
 
-            server = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
-            request["only_server_name"], request["local"] = server["server_name"], True
-            request["boot"] = boot_id()
-            if "clock" in state and machine_id():
-                request["machine"] = machine_id()
+            request["only_server_name"], request["local"] = server_here(state)["server_name"], True
+            bind_to_machine(request, state)
         check_request(state, request)
         return request
 

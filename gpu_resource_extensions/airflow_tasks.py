@@ -33,13 +33,11 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
 from gpu_resource_extensions.airflow_keeper import end_tasks, kept
-from gpu_resource_extensions.hosts import server_of_host
-from gpu_resource_extensions.leases import described
+from gpu_resource_extensions.leases import described, server_here
 from gpu_resource_extensions.run_job import job_environment
 from gpu_resource_manager_v01 import (
     DEFAULT_LOCK_TIMEOUT_S,
     MAX_TASK_ID_LENGTH,
-    SERVER_VARIABLE,
     Allocation,
     DuplicateTaskError,
     GPUResourceManagerV01,
@@ -52,7 +50,6 @@ from gpu_resource_manager_v01 import (
     ResourceManagerError,
     TaskRunningError,
     allocation_of,
-    boot_id,
     host_name,
     placed_tasks,
     printable,
@@ -208,8 +205,7 @@ class ObtainGPUs(BaseOperator):
             if server is None:
                 with suppress(InvalidRequestError):
                     state = manager.get_detailed_status()
-                    found = server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
-                    server = found["server_name"]
+                    server = server_here(state)["server_name"]
             try:
                 return _xcoms(obtain(manager, task_id, self.gpus, self.cpus, 0, server))
             except (NoCapacityError, DuplicateTaskError) as refusal:

@@ -335,7 +335,7 @@ ENGLISH: dict[str, str] = {
     "この端末の文字コードで表せるタスクIDを指定してください": (
         "use a task ID that the encoding of this terminal has the characters of"
     ),
-    "GPU リソースマネージャー v{version}": "GPU resource manager v{version}",
+    "GPU リソースマネージャー v{}": "GPU resource manager v{}",
     "必要なパッケージを読み込めません: {}": "A package is missing: {}",
     "cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt を実行してください": (
         "run cd {} && python3 -m venv .venv && .venv/bin/pip install -r requirements_v01.txt"

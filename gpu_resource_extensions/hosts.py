@@ -68,3 +68,14 @@ def check_one_machine(state: State, request: Request) -> None:
         same_machine = record.get("local") is True and record.get(key) == request.get(key)
         if same_machine and name != request["only_server_name"]:
             raise InvalidRequestError("server", request["only_server_name"], *_TWO_SERVERS, name=name)
+
+
+def note_machine(state: State, server: Server, record: Requester) -> None:
+    """Let ``server`` bear what tells the machine that it is, which the local ``record`` was asked on."""
+    if "boot" in record:
+        for other in state["servers"]:
+            if other.get("boot") == record["boot"]:
+                del other["boot"]
+        server["boot"] = record["boot"]
+        if "machine" in record:
+            server["machine"] = record["machine"]

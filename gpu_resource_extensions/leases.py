@@ -10,7 +10,8 @@ taken up, has ``seen`` in its record and lapses: its owner gives a sign of life 
 late loses it, wherever that is. On a file's pool the sign is the time stamp of the lease, which costs no write of the
 document; in a database it is the ``clock`` of the store, written to ``seen``.
 
-Reads from the ground up: the lease of this process, the directory of all, the processes behind one.
+Reads from the ground up: what names this machine, the lease of this process, the directory of all, the processes
+behind one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple, TypedDict, cast
 
+from gpu_resource_extensions.hosts import server_of_host
 from gpu_resource_extensions.servers import append_server, unheld_gpus
 from gpu_resource_manager_v01 import (
     MAX_TASK_ID_LENGTH,
+    SERVER_VARIABLE,
     Requester,
     ResourceManagerError,
     Server,
     State,
     Task,
-    boot_id,
     check_record,
     hold,
     host_name,
-    machine_id,
     named_processes,
     new_in_place,
     parse_json,
@@ -156,6 +158,40 @@ def put_back(state: State, claims: Sequence[Claim]) -> dict[str, list[int]]:
         if gpus != task["allocated_gpus"]:
             lacking[task_id] = [gpu for gpu in task["allocated_gpus"] if gpu not in gpus]
     return lacking
+
+
+# --- What names this machine -----------------------------------------------------------------------
+
+
+@cache
+def boot_id() -> str:
+    """Return what names this kernel from its start to its end, in every container alike."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return host_name()
+
+
+@cache
+def machine_id() -> str:
+    """Return what names this machine through all its starts, machine-id(5); empty if nothing does."""
+    with suppress(OSError, UnicodeDecodeError), open("/etc/machine-id", encoding="ascii") as file:
+        return file.read().strip().removeprefix("uninitialized")
+    return ""
+
+
+def server_here(state: State) -> Server:
+    """Return the server of the pool that this machine is.
+
+    :raises InvalidRequestError: there is none, or it would be two.
+    """
+    return server_of_host(state, host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
+
+
+def bind_to_machine(record: Requester, state: State) -> None:
+    """Note in a record of the pool where alone its lease can be judged."""
+    record["boot"] = boot_id()
+    if "clock" in state and machine_id():
+        record["machine"] = machine_id()
 
 
 # --- Leases as files ------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from gpu_resource_extensions.hosts import check_one_machine, server_of_host
-from gpu_resource_extensions.leases import LAPSE_S, SIGN_S, Lease, Leases, now_s
+from gpu_resource_extensions.hosts import check_one_machine, note_machine
+from gpu_resource_extensions.leases import LAPSE_S, SIGN_S, Lease, Leases, bind_to_machine, now_s, server_here
 from gpu_resource_manager_v01 import (
-    SERVER_VARIABLE,
     WAIT_RECHECK_S,
     Allocation,
     InvalidRequestError,
@@ -34,18 +33,13 @@ from gpu_resource_manager_v01 import (
     allocation_of,
     ask,
     ask_once,
-    boot_id,
-    conclude,
+    end_task,
     failures_reported,
-    host_name,
-    machine_id,
-    note_machine,
-    outcome,
+    find_task,
     placed_tasks,
     reclaim,
     records,
     shortfall,
-    unbind,
 )
 
 
@@ -63,6 +57,26 @@ class ClaimGoneError(ResourceManagerError):
 
 
 # --- What follows for the document: pure functions ------------------------------------------------
+
+
+def outcome(state: State, request: Request) -> Allocation | Shortfall:
+    """Return what ``request``, which has arrived, is granted by now, or what it lacks.
+
+    :raises WaitCancelledError: it is neither placed nor in line any more.
+    """
+    mine = [record for record in records(state) if record["task_id"] == request["task_id"]]
+    if not mine or mine[0].get("lease") != request.get("lease"):
+        raise WaitCancelledError(request["task_id"], shortfall(state, request))
+    found = find_task(state, request["task_id"])
+    return allocation_of(*found) if found else shortfall(state, request)
+
+
+def conclude(state: State, request: Request) -> Allocation | Shortfall:
+    """Do as :func:`outcome`, but let a request that is not placed leave the line."""
+    answer = outcome(state, request)
+    if isinstance(answer, Shortfall):
+        end_task(state, request["task_id"])
+    return answer
 
 
 def renew(state: State, lease: str) -> bool:
@@ -98,6 +112,14 @@ def take_over(state: State, claim: str, request: Request) -> Allocation | None:
     return None
 
 
+def unbind(state: State, request: Request) -> None:
+    """Let the task that ``request`` has become live until it is released, whatever becomes of its lease."""
+    for _, task in placed_tasks(state):
+        if task.get("lease") == request["lease"]:
+            task.pop("seen", None)
+            del task["lease"]
+
+
 # --- One request ----------------------------------------------------------------------------------
 
 
@@ -127,6 +149,7 @@ class BoundRequest:
         self.request, self._store, self._leases_of, self._look, self._change = request, store, leases, look, change
         state = store.read()
         self._leases, self._is_shared = leases(state), "clock" in state
+        bind_to_machine(request, state)
         self._signed_s, self.is_taken = now_s(), False  # over, by another lease
 
     def __enter__(self) -> BoundRequest:
@@ -134,9 +157,7 @@ class BoundRequest:
             self._store.update(lambda _: self._leases.make_directory())  # under the lock, for two may come at once
         with failures_reported(self._store.path):
             self.lease = self._leases.make()
-        self.request["lease"], self.request["boot"] = self.lease.name, boot_id()
-        if self._is_shared and machine_id():
-            self.request["machine"] = machine_id()
+        self.request["lease"] = self.lease.name
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,8 +214,7 @@ class BoundRequest:
     def prefer_this_machine(self) -> None:
         """Let the server that this machine is be tried first, if it is one of them: it needs no ssh."""
         with suppress(InvalidRequestError):
-            here = server_of_host(self._store.read(), host_name(), os.environ.get(SERVER_VARIABLE), boot_id())
-            self.request["prefer_server_id"] = here["server_id"]
+            self.request["prefer_server_id"] = server_here(self._store.read())["server_id"]
 
     @property
     def is_here(self) -> bool:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from conftest import GUARD_S, PROJECT, needed
 
+from gpu_resource_extensions.leases import boot_id
 from gpu_resource_manager_v01 import (
     State,
-    boot_id,
     encode_state,
     first_fit,
     new_request,

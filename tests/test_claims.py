@@ -13,16 +13,14 @@ from conftest import GUARD_S, Children
 from memory_store import MemoryStore
 
 import gpu_resource_manager_v01
-from gpu_resource_extensions.leases import LAPSE_S, Leases
+from gpu_resource_extensions.leases import LAPSE_S, Leases, boot_id, machine_id
 from gpu_resource_extensions.waiting import BoundRequest, ClaimGoneError
 from gpu_resource_manager_v01 import (
     GPUResourceManagerV01,
     InvalidRequestError,
     State,
     WaitCancelledError,
-    boot_id,
     host_name,
-    machine_id,
 )
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_resource_extensions.hosts import server_of_host
+from gpu_resource_extensions.waiting import conclude, outcome, unbind
 from gpu_resource_manager_v01 import (
     MAX_PASSED_OVER,
     PASSED_OVER_GROWTH,
@@ -29,7 +30,6 @@ from gpu_resource_manager_v01 import (
     ask,
     ask_once,
     check_state,
-    conclude,
     could_hold,
     decode_state,
     encode_state,
@@ -41,14 +41,12 @@ from gpu_resource_manager_v01 import (
     new_request,
     new_servers,
     new_state,
-    outcome,
     place,
     reclaim,
     records,
     remove_task,
     reserved_servers,
     set_waiting,
-    unbind,
 )
 
 NOW = "2026-01-01T00:00:00"

@@ -16,7 +16,8 @@ from conftest import PROJECT, names
 from screens import CLI, Result, cli, finish, start
 from wcwidth import wcswidth, wcwidth
 
-from gpu_resource_manager_v01 import GPUResourceManagerV01, boot_id, encode_state, host_name
+from gpu_resource_extensions.leases import boot_id
+from gpu_resource_manager_v01 import GPUResourceManagerV01, encode_state, host_name
 
 #: ages that cannot become others while a test runs
 DAYS_3, HOURS_2, MINUTES_5 = 3 * 86400 + 2 * 3600, 2 * 3600 + 1800, 5 * 60 + 30
