@@ -486,6 +486,10 @@ def test_page_names_every_option_and_exit_code(page: Page) -> None:
 def test_page_names_every_code_of_the_json_output(page: Page) -> None:
     source = (PROJECT / "cli_v01.py").read_text("utf-8")
     codes = set(re.findall(r'(?:EXIT_\w+,|return EXIT_IO,|else EXIT_AGAIN,)\s+"([a-z_]+)"', source))
+    for path in PROJECT.glob("gpu_resource_extensions/*.py"):  # whose errors bear theirs
+        codes |= set(
+            re.findall(r'^    (?:exit_code, code = \d+, |code = )"([a-z_]+)"$', path.read_text("utf-8"), re.MULTILINE)
+        )
     assert len(codes) >= 16
     assert [code for code in codes if f"`{code}`" not in page.text] == []
 
