@@ -62,6 +62,7 @@ LEASE_NAME = re.compile(r"([0-9a-f]{32})(?: \(deleted\))?$")
 # File systems that no other machine can have mounted: on one of these, another boot was an earlier one.
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "overlay")
 STOP_POLL_S, KILL_LIMIT_S = 0.02, 5.0
+RELEASE_LIMIT_S = 2.5  # within which ``--run`` and its keeper release a job that was killed, and tell how it ended
 SIGN_S, LAPSE_S = 15, 60  # between two signs of life, and without one before what nothing uses yet is taken back
 
 
@@ -460,7 +461,7 @@ class Leases:
             if time.monotonic() >= deadline_s + KILL_LIMIT_S:
                 who = named_processes([process._asdict() for process in tree]) or say(_UNSEEN)
                 raise NotStoppableError(task_id, *_STILL_THERE, who=who)
-            for process in job or tree if late else job:
+            for process in job or (tree if time.monotonic() >= deadline_s + RELEASE_LIMIT_S else []):
                 if late or (process.pid, process.started) not in told:
                     told.add((process.pid, process.started))
                     for number in (signal.SIGKILL,) if late else (signal.SIGTERM, signal.SIGCONT):

@@ -101,10 +101,12 @@ class Docker:
 
     def end(self) -> None:
         self.process.communicate()
-        for found in Path("/proc").glob("[0-9]*/cmdline"):  # a killed one leaves those that look after containers
+        containers = [path.name for path in self.directory.glob("data/containers/*")]
+        for found in Path("/proc").glob("[0-9]*"):  # a killed one leaves those that look after containers, and these
             with contextlib.suppress(OSError):
-                if f"{self.directory}/exec/".encode() in found.read_bytes():
-                    os.kill(int(found.parent.name), signal.SIGKILL)
+                looks_after = f"{self.directory}/exec/".encode() in (found / "cmdline").read_bytes()
+                if looks_after or any(name in (found / "cgroup").read_text() for name in containers):
+                    os.kill(int(found.name), signal.SIGKILL)
 
     def __call__(self, *words: str, stdin: IO[bytes] | None = None) -> Result:
         environment = {**os.environ, **self.environment}

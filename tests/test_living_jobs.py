@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GUARD_S, Children, running
-from screens import CLI, cli
+from screens import CLI, cli, finish, start
 from syscalls import at_call, intercepted, recorded
 
 from gpu_resource_extensions.leases import Leases, NotStoppableError, Process, holders
@@ -365,6 +365,29 @@ def test_stop_kills_what_does_not_listen(pool: Path) -> None:
         assert run.stdout and run.stdout.readline() == b"\n"
         assert cli("--stop", "t", "--grace", "0.1").code == 0
         assert run.wait(GUARD_S) == 128 + signal.SIGKILL
+
+
+def test_stop_gives_run_the_time_to_tell_how_its_job_has_ended(pool: Path) -> None:
+    words = ["--run", "t", "2", "1", "--", "sh", "-c", IGNORES_TERM.replace("echo;", "echo $$;")]
+    with subprocess.Popen(
+        [sys.executable, str(CLI), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        assert run.stdout
+        job = int(run.stdout.readline())
+        run.send_signal(signal.SIGSTOP)  # as on a machine that has no time for it
+        stop = start(str(CLI), "--stop", "t", "--grace", "0")
+        wait_until_ended([job])
+        rests = times_rested(stop.pid)
+        while times_rested(stop.pid) < rests + 4:  # it looks again a few times
+            assert stop.poll() is None
+        run.send_signal(signal.SIGCONT)
+        assert finish(stop).code == 0
+        assert run.wait(GUARD_S) == 128 + signal.SIGKILL
+
+
+def times_rested(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 def test_what_cannot_be_stopped_is_said(pool: Path) -> None:
