@@ -101,11 +101,11 @@ class Docker:
 
     def end(self) -> None:
         self.process.communicate()
-        containers = [path.name for path in self.directory.glob("data/containers/*")]
-        for found in Path("/proc").glob("[0-9]*"):  # a killed one leaves those that look after containers, and these
+        for found in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                looks_after = f"{self.directory}/exec/".encode() in (found / "cmdline").read_bytes()
-                if looks_after or any(name in (found / "cgroup").read_text() for name in containers):
+                # A killed one leaves those that look after containers; a busy one may lose a container altogether.
+                looks_after = f"{self.directory}/exec/" in (found / "cmdline").read_text("utf-8", "replace")
+                if looks_after or f"{self.directory}/data/" in (found / "mountinfo").read_text("utf-8", "replace"):
                     os.kill(int(found.name), signal.SIGKILL)
 
     def __call__(self, *words: str, stdin: IO[bytes] | None = None) -> Result:
