@@ -453,18 +453,18 @@ class Leases:
         while not self._free(name, fcntl.LOCK_SH):
             tree = holders([name])[name]
             job = [process for process in tree if process.pid not in ours]
-            late = time.monotonic() >= deadline_s
+            late_s = time.monotonic() - deadline_s
             if any(process.pid == os.getpid() for process in job):
                 raise NotStoppableError(task_id, *_OWN_TREE)
             if not tree and name not in self._names():
                 break
-            if time.monotonic() >= deadline_s + KILL_LIMIT_S:
+            if late_s >= KILL_LIMIT_S:
                 who = named_processes([process._asdict() for process in tree]) or say(_UNSEEN)
                 raise NotStoppableError(task_id, *_STILL_THERE, who=who)
-            for process in job or (tree if time.monotonic() >= deadline_s + RELEASE_LIMIT_S else []):
-                if late or (process.pid, process.started) not in told:
+            for process in job or (tree if late_s >= RELEASE_LIMIT_S else []):
+                if late_s >= 0 or (process.pid, process.started) not in told:
                     told.add((process.pid, process.started))
-                    for number in (signal.SIGKILL,) if late else (signal.SIGTERM, signal.SIGCONT):
+                    for number in (signal.SIGKILL,) if late_s >= 0 else (signal.SIGTERM, signal.SIGCONT):
                         with suppress(ProcessLookupError, PermissionError):
                             os.kill(process.pid, number)
             time.sleep(STOP_POLL_S)
