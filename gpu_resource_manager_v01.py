@@ -951,13 +951,22 @@ def ask(state: State, request: Request) -> Allocation | Shortfall:
         raise DuplicateTaskError(request["task_id"])
     set_waiting(state, [*state.get("waiting", ()), {**request, "asked_time": state["last_updated"]}])
     admit(state)
+    return answer_to(state, request)
+
+
+def answer_to(state: State, request: Request) -> Allocation | Shortfall:
+    """Return what ``request``, which is placed or in line, is granted by now, or what it lacks."""
     found = find_task(state, request["task_id"])
     return allocation_of(*found) if found else shortfall(state, request)
 
 
 def ask_once(state: State, request: Request) -> Allocation | Shortfall:
     """Do as :func:`ask`, but let a request that is not placed leave the line."""
-    answer = ask(state, request)
+    return leave_unless_granted(state, request, ask(state, request))
+
+
+def leave_unless_granted(state: State, request: Request, answer: Allocation | Shortfall) -> Allocation | Shortfall:
+    """Let ``request`` leave the line if ``answer`` does not grant it anything; return that answer."""
     if isinstance(answer, Shortfall):
         end_task(state, request["task_id"])
     return answer

@@ -31,11 +31,11 @@ from gpu_resource_manager_v01 import (
     WaitCancelledError,
     admit,
     allocation_of,
+    answer_to,
     ask,
     ask_once,
-    end_task,
     failures_reported,
-    find_task,
+    leave_unless_granted,
     placed_tasks,
     reclaim,
     records,
@@ -67,16 +67,12 @@ def outcome(state: State, request: Request) -> Allocation | Shortfall:
     mine = [record for record in records(state) if record["task_id"] == request["task_id"]]
     if not mine or mine[0].get("lease") != request.get("lease"):
         raise WaitCancelledError(request["task_id"], shortfall(state, request))
-    found = find_task(state, request["task_id"])
-    return allocation_of(*found) if found else shortfall(state, request)
+    return answer_to(state, request)
 
 
 def conclude(state: State, request: Request) -> Allocation | Shortfall:
     """Do as :func:`outcome`, but let a request that is not placed leave the line."""
-    answer = outcome(state, request)
-    if isinstance(answer, Shortfall):
-        end_task(state, request["task_id"])
-    return answer
+    return leave_unless_granted(state, request, outcome(state, request))
 
 
 def renew(state: State, lease: str) -> bool:
